@@ -1,0 +1,27 @@
+"""Adapts the packaged backbone to handwritten digits with LoSA: a first run, without any download.
+
+  python -m losa_scenic.main --config=configs/quickstart.py
+
+Try also --config.method=linear, --config.method=full, --config.dataset_name=sprites.
+"""
+
+import ml_collections
+
+from losa_scenic.train_lib import run_config
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """The run."""
+  config = run_config.default_config()
+  config.dataset_name = 'digits'
+  config.backbone = 'vit_ti8_tin120'
+  config.method = 'losa'
+  config.method_learning_rates.losa = 1e-3
+  config.method_learning_rates.linear = 1e-2
+  config.method_learning_rates.full = 1e-4
+  config.num_training_epochs = 5.0
+  config.batch_size = 32
+  config.lr_configs.warmup_steps = 10
+  config.optimizer_configs.weight_decay = 1e-4
+  config.log_summary_steps = 20
+  return config

@@ -1,0 +1,189 @@
+"""LoSA: low-rank side adaptation.
+
+With b_1 .. b_L the outputs of the frozen encoder's blocks and y_0 = b_L,
+
+  y_i = g_i(b_i + y_{i-1}) + y_{i-1}                                            (Eq. 3)
+  g(x) = alpha * (GELU(x W_d + c_d) W_u + c_u)                                   (Eq. 4)
+
+where g_i mixes channels (W_d [d r]) and tokens (the same on x^T, W_d [n r]) in turn (Eq. 5). On
+video a token mixer is the sum of a spatial one [n_s r], per frame, and a temporal one [n_t r], per
+position (Eq. 6). y_L takes the place of b_L: frozen final norm, pooling, classifier.
+
+Mercea, Gritsenko, Schmid, Arnab: Time-, Memory- and Parameter-Efficient Visual Adaptation, CVPR
+2024, section 3.3, https://arxiv.org/abs/2402.02887.
+
+What the paper leaves open, and what is done here: the biases c are present, each g has one scalar
+alpha, and the alternation runs over the side network's own index, starting with channels (all three
+follow from the paper's parameter counts). W_u = 0 and alpha = 1 at the start, so that y_L = b_L
+exactly while gradients are not zero. The GELU is the backbone's own. The large models of the paper
+also train a rank-32 LoRA on the MAP head, which no sentence of it mentions: `map_head_lora_rank`.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Float, Num
+
+from losa_scenic.adapt_lib import inserts
+from losa_scenic.adapt_lib.method import Method, Run
+from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.activations import GELU
+from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.encoder import Encoded
+from losa_scenic.model_lib.presets import BackboneSpec
+
+# What the side network reads of each block, in the order of the residual stream (Table 4).
+ACTIVATIONS = {'block': ('block',), 'mlp': ('mlp',), 'mhsa': ('attn',), 'both': ('attn', 'mlp')}
+ADAPTORS = ('low_rank_mixer', 'low_rank_mlp')
+Y0 = ('b_L', 'b_0')
+
+
+def build(
+  spec: BackboneSpec,
+  *,
+  rank: int = 16,
+  num_layers: int | None = None,
+  adaptor: str = 'low_rank_mixer',
+  activation: str = 'block',
+  y0: str = 'b_L',
+  alpha_init: float = 1.0,
+  map_head_lora_rank: int = 0,
+) -> Method:
+  """LoSA for a backbone.
+
+  Args:
+    spec: the backbone.
+    rank: r of every mixer (4, 8, 16 in Table 1; 64 in the large-scale tables).
+    num_layers: k, how many evenly spaced blocks are tapped, the last always among them (Table 5);
+      all of them when not given.
+    adaptor: 'low_rank_mixer' (channels and tokens in turn) or 'low_rank_mlp' (channels only;
+      Table 3).
+    activation: 'block', 'mlp', 'mhsa', or 'both' MHSA and MLP outputs in sequence, which doubles
+      the side network (Table 4).
+    y0: where the side network starts: 'b_L' or 'b_0', the embedded tokens (Table 6).
+    alpha_init: value of every alpha before training; not 0, since W_u is 0 and no gradient would
+      be left.
+    map_head_lora_rank: rank of a LoRA on the five targets of the MAP head (query, key, value, out,
+      and one path around its MLP); 0 for none.
+
+  Returns:
+    The method. Trainable parameters without the classifier, for k taps (twice as many with 'both'):
+    ceil(k/2) (2 d r + r + d + 1) + floor(k/2) (2 n r + r + n + 1) + 10 d map_head_lora_rank.
+
+  Raises:
+    errors.UserError: for a value out of range.
+  """
+  errors.one_of('LoSA adaptor', adaptor, ADAPTORS)
+  errors.one_of('LoSA activation', activation, ACTIVATIONS)
+  errors.one_of('LoSA y0', y0, Y0)
+  num_layers = spec.depth if num_layers is None else num_layers
+  if rank < 1:
+    raise errors.UserError(f'LoSA rank must be at least 1, got {rank}.')
+  if not 1 <= num_layers <= spec.depth:
+    raise errors.UserError(f'LoSA num_layers must be in 1..{spec.depth}, got {num_layers}.')
+  if alpha_init == 0:
+    raise errors.UserError('LoSA alpha_init must not be 0: with W_u = 0 nothing would ever train.')
+  if map_head_lora_rank < 0:
+    raise errors.UserError(f'LoSA map_head_lora_rank must not be negative: {map_head_lora_rank}.')
+  if map_head_lora_rank and spec.pool != 'map':
+    raise errors.UserError(
+      f"LoSA map_head_lora_rank needs a backbone that pools by 'map'; this one: '{spec.pool}'."
+    )
+  side = functools.partial(
+    LoSA,
+    rank=rank,
+    taps=tap_indices(spec.depth, num_layers),
+    collect=ACTIVATIONS[activation],
+    mix_tokens=adaptor == 'low_rank_mixer',
+    start=y0,
+    alpha_init=alpha_init,
+    gelu=spec.gelu,
+  )
+  low_rank = functools.partial(inserts.LowRank, rank=map_head_lora_rank)
+  head = dict.fromkeys(sites.MAP_HEAD_SITES, low_rank) if map_head_lora_rank else {}
+  return Method(inserts=head, collect=ACTIVATIONS[activation], side=side, exact_at_init=y0 == 'b_L')
+
+
+def tap_indices(depth: int, k: int) -> tuple[int, ...]:
+  """0-based blocks tapped by k side layers: round(j L / k) - 1 for j = 1..k, halves up."""
+  return tuple((2 * j * depth + k) // (2 * k) - 1 for j in range(1, k + 1))
+
+
+class Mixer(nn.Module):
+  """g of Eq. 4 along one axis: alpha * (GELU(x W_d + c_d) W_u + c_u).
+
+  Attributes:
+    rank: r.
+    axis: the axis of the input that is mixed; the others are carried along.
+    alpha_init: alpha before training.
+    gelu: 'tanh' or 'erf'.
+  """
+
+  rank: int
+  axis: int
+  alpha_init: float = 1.0
+  gelu: str = 'tanh'
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
+    size, dtype = x.shape[self.axis], x.dtype
+    down = self.param('down_kernel', nn.initializers.he_uniform(), (size, self.rank)).astype(dtype)
+    down_bias = self.param('down_bias', nn.initializers.zeros, (self.rank,)).astype(dtype)
+    up = self.param('up_kernel', nn.initializers.zeros, (self.rank, size)).astype(dtype)
+    up_bias = self.param('up_bias', nn.initializers.zeros, (size,)).astype(dtype)
+    alpha = self.param('alpha', nn.initializers.constant(self.alpha_init), ()).astype(dtype)
+    x = jnp.moveaxis(x, self.axis, -1)
+    hidden = GELU[self.gelu](x @ down + down_bias)
+    return jnp.moveaxis(alpha * (hidden @ up + up_bias), -1, self.axis)
+
+
+class LoSA(nn.Module):
+  """The side network.
+
+  Attributes:
+    rank: r of every mixer.
+    taps: 0-based indices of the blocks that are read.
+    collect: the site or sites read of each of those blocks.
+    mix_tokens: alternate channel and token mixers; channel mixers only otherwise.
+    start: 'b_L' or 'b_0'.
+    alpha_init: alpha before training.
+    gelu: 'tanh' or 'erf'.
+  """
+
+  rank: int
+  taps: tuple[int, ...]
+  collect: tuple[str, ...] = ('block',)
+  mix_tokens: bool = True
+  start: str = 'b_L'
+  alpha_init: float = 1.0
+  gelu: str = 'tanh'
+
+  @nn.compact
+  def __call__(
+    self, run: Run, inputs: Num[Array, 'b *hw c'], *, train: bool
+  ) -> Float[Array, 'b d']:
+    encoded = run.encode(inputs, train=train)
+    y = encoded.tokens if self.start == 'b_L' else encoded.embedded
+    stream = [encoded.layers[site][tap] for tap in self.taps for site in self.collect]
+    for i, b in enumerate(stream):
+      mixes_tokens = self.mix_tokens and i % 2 == 1
+      y = self._mix(b + y, encoded, i, mixes_tokens) + y
+    return run.features(y, train=train)
+
+  def _mix(
+    self, x: Float[Array, 'b n d'], encoded: Encoded, i: int, tokens: bool
+  ) -> Float[Array, 'b n d']:
+    def mixer(name: str, axis: int) -> Mixer:
+      return Mixer(self.rank, axis, self.alpha_init, self.gelu, name=f'layer_{i}_{name}')
+
+    frames, height, width = encoded.grid
+    if not tokens:
+      return mixer('channel', -1)(x)
+    if frames == 1:
+      return mixer('token', 1)(x)
+    if encoded.prefix:
+      raise errors.UserError('LoSA mixes space and time of a token grid: no class token on video.')
+    grid = x.reshape(x.shape[0], frames, height * width, x.shape[-1])
+    return (mixer('spatial', 2)(grid) + mixer('temporal', 1)(grid)).reshape(x.shape)

@@ -1,0 +1,131 @@
+"""What an adaptation method is: data. And the split of parameters into trainable and frozen.
+
+Shared code never asks which method is running. A method says which modules stand at which sites of
+the backbone, which of the backbone's outputs a side network reads, and which of the backbone's own
+parameters train; `partition` turns that into two trees, and only the first is ever differentiated,
+optimised or saved.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import flax.linen as nn
+from jaxtyping import Float
+
+from losa_scenic.common_lib import errors, trees
+from losa_scenic.common_lib.types import Array, Params
+from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.encoder import Encoded
+
+BACKBONE = 'backbone'
+HEAD = 'output_projection'
+# Top-level subtrees that a method adds beside the backbone.
+_METHOD_SUBTREES = ('side', 'shared', HEAD)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """The (possibly inserted-into) backbone as a side network may use it.
+
+  Attributes:
+    encode: `encode(images, per_layer=None, train=False)` -> `Encoded`.
+    features: `features(tokens, train=False)`: final norm and pooling, [b n d] -> [b d].
+  """
+
+  encode: Callable[..., Encoded]
+  features: Callable[..., Array]
+
+
+class Side(Protocol):
+  """A Linen module beside the backbone that makes the features the classifier sees."""
+
+  def __call__(self, run: Run, inputs: Array, *, train: bool) -> Float[Array, 'b d']: ...
+
+
+def nothing(path: str) -> bool:
+  """Trains no backbone parameter."""
+  del path
+  return False
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+  """An adaptation method.
+
+  Attributes:
+    inserts: the module that stands at each site (its parameters train).
+    shared: makes a module whose output every insert receives as `ctx.shared`, or None.
+    collect: layer sites whose outputs the side network reads.
+    side: makes the side network, or None.
+    trains: says of each path in the backbone, e.g. 'encoder/layers/block/fc1/bias', whether it
+      trains. It must not depend on the layout: a layer's component is 'layers' or 'layers_<i>'.
+    exact_at_init: whether the adapted model's features equal the frozen one's before training.
+  """
+
+  inserts: Mapping[str, sites.MakeInsert] = dataclasses.field(default_factory=dict)
+  shared: Callable[[], nn.Module] | None = None
+  collect: tuple[str, ...] = ()
+  side: Callable[[], nn.Module] | None = None
+  trains: Callable[[str], bool] = nothing
+  exact_at_init: bool = True
+
+  def __post_init__(self):
+    sites.check(self.inserts)
+    sites.check(self.collect)
+
+  @property
+  def spares_backbone(self) -> bool:
+    """Whether no gradient enters the encoder: it is only ever run forward (memory class A)."""
+    after_encoder = ('norm', 'pool', *sites.MAP_HEAD_SITES)
+    return self.trains is nothing and all(site in after_encoder for site in self.inserts)
+
+
+def _is_trainable(path: str, method: Method) -> bool:
+  first, _, rest = path.partition('/')
+  if first in _METHOD_SUBTREES:
+    return True
+  if any(part.startswith('insert_') for part in path.split('/')):
+    return True
+  return first == BACKBONE and method.trains(rest)
+
+
+def partition(params: Params, method: Method) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Splits the parameters of an adapted model into (trainable, frozen).
+
+  Args:
+    params: nested dicts of arrays or of shapes.
+    method: says what trains.
+
+  Returns:
+    Two trees that share no path and together hold every leaf of `params`.
+
+  Raises:
+    errors.UserError: if nothing would train, or if the method's rule matches no parameter.
+  """
+  flat = trees.flatten(params)
+  chosen = {path for path in flat if _is_trainable(path, method)}
+  if not chosen:
+    raise errors.UserError('Nothing would train: the method selects no parameter and has no head.')
+  if method.trains is not nothing and not any(
+    path.startswith(f'{BACKBONE}/') and method.trains(path[len(BACKBONE) + 1 :]) for path in flat
+  ):
+    raise errors.UserError("The method's rule for training backbone parameters matches none.")
+  trainable = {path: leaf for path, leaf in flat.items() if path in chosen}
+  frozen = {path: leaf for path, leaf in flat.items() if path not in chosen}
+  return trees.unflatten(trainable), trees.unflatten(frozen)
+
+
+def combine(trainable: Params, frozen: Params) -> dict[str, Any]:
+  """Joins what `partition` split. Raises `ValueError` if a path is in both trees."""
+  left, right = trees.flatten(trainable), trees.flatten(frozen)
+  both = sorted(set(left) & set(right))
+  if both:
+    raise ValueError(f'Both trainable and frozen: {both[:5]}.')
+  return trees.unflatten(left | right)
+
+
+def split_head(trainable: Params) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Trainable tree -> (without the classifier, the classifier)."""
+  rest = {key: value for key, value in trainable.items() if key != HEAD}
+  return rest, {key: value for key, value in trainable.items() if key == HEAD}

@@ -1,0 +1,1 @@
+"""Measurement: parameter counts, FLOPs, sweeps and result tables."""

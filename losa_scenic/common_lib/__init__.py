@@ -1,0 +1,1 @@
+"""Helpers that every other part uses: errors, parameter trees, configuration."""

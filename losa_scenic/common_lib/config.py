@@ -1,0 +1,64 @@
+"""Configuration: calling functions with config blocks, and finding keys that nobody knows."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import ml_collections
+
+from losa_scenic.common_lib import errors
+
+T = TypeVar('T')
+
+
+def to_dict(block: Mapping[str, Any] | ml_collections.ConfigDict | None) -> dict[str, Any]:
+  """A config block as a plain dict without the options left at None (= 'not given')."""
+  if block is None:
+    return {}
+  items = block.to_dict() if isinstance(block, ml_collections.ConfigDict) else dict(block)
+  return {key: value for key, value in items.items() if value is not None}
+
+
+def options(fn: Callable[..., Any]) -> set[str]:
+  """Names of the keyword-only arguments of `fn`: the options a user may set."""
+  parameters = inspect.signature(fn).parameters.values()
+  return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def build(
+  fn: Callable[..., T], *args: Any, block: Mapping[str, Any] | None, what: str, **fixed: Any
+) -> T:
+  """Calls `fn(*args, **block, **fixed)`; a key of `block` that `fn` does not take is an error.
+
+  Args:
+    fn: a function whose keyword-only arguments are its options.
+    *args: positional arguments.
+    block: a config block; options at None count as not given.
+    what: how to name `fn` in the error, e.g. "dataset 'digits'".
+    **fixed: keyword arguments from the program, not the user.
+
+  Returns:
+    What `fn` returns.
+
+  Raises:
+    errors.UserError: for an unknown option, naming the nearest one.
+  """
+  given = to_dict(block)
+  allowed = options(fn) - set(fixed)
+  for key in given:
+    if key not in allowed:
+      raise errors.unknown(f'option of {what}', key, allowed)
+  return fn(*args, **given, **fixed)
+
+
+def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str = '') -> None:
+  """Raises `UserError` for the first key of `given`, at any depth, that `known` does not have.
+
+  A block that is empty in `known` accepts any keys: its consumer checks them through `build`.
+  """
+  for key, value in given.items():
+    if key not in known:
+      raise errors.unknown('config key', prefix + key, (prefix + name for name in known))
+    is_block = isinstance(value, (Mapping, ml_collections.ConfigDict))
+    if is_block and len(known[key] or ()):
+      check_keys(value, known[key], prefix=f'{prefix}{key}.')

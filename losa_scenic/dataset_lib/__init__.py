@@ -1,0 +1,1 @@
+"""Data: random-access sources behind one interface, batched and positioned through Grain."""

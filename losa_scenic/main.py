@@ -1,0 +1,49 @@
+"""Trains and evaluates what a config describes.
+
+  python -m losa_scenic.main --config=configs/quickstart.py [--workdir=DIR] [--config.KEY=VALUE ...]
+
+Started again with the same command, a run that was interrupted continues from its last checkpoint.
+"""
+
+import pathlib
+
+import jax
+import ml_collections
+
+from losa_scenic import app
+from losa_scenic.common_lib import config as config_lib
+from losa_scenic.dataset_lib import datasets
+from losa_scenic.model_lib import checkpoints, models
+from losa_scenic.train_lib import run_config, trainer
+from losa_scenic.train_lib.writers import Writer
+
+
+def main(
+  *, rng: jax.Array, config: ml_collections.ConfigDict, workdir: pathlib.Path, writer: Writer
+) -> None:
+  """Config -> dataset, model class, trainer; and nothing else (Scenic's `main`)."""
+  config = run_config.resolve(config)
+  model_cls = models.get_model_cls(config.model_name)
+  train = trainer.get_trainer(config.trainer_name)
+  backbone = checkpoints.find(config.backbone, config_lib.to_dict(config.backbone_configs))
+  dataset = datasets.build_dataset(
+    config.dataset_name,
+    batch_size=config.batch_size,
+    eval_batch_size=config.eval_batch_size,
+    dtype_str=config.data_dtype_str,
+    shuffle_seed=config.shuffle_seed,
+    image_size=backbone.spec.image_size,
+    dataset_configs=config.dataset_configs,
+  )
+  train(
+    rng=rng,
+    config=config,
+    model_cls=model_cls,
+    dataset=dataset,
+    workdir=workdir,
+    writer=writer,
+  )
+
+
+if __name__ == '__main__':
+  app.run(main)

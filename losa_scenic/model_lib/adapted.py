@@ -1,0 +1,88 @@
+"""Backbone + method + classifier: the only model the trainer sees."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float, Num
+
+from losa_scenic.adapt_lib.method import Method, Run, partition
+from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.vit import ViT
+
+
+class Adapted(nn.Module):
+  """An adapted image classifier.
+
+  Parameters: `backbone/...` (with `insert_<site>` subtrees where the method has inserts),
+  `side/...`, `shared/...`, and the classifier `output_projection`.
+
+  Attributes:
+    spec: the backbone's geometry.
+    method: what is inserted, added and trained.
+    num_classes: width of the classifier.
+    dtype: dtype of compute; the classifier always computes in float32.
+    scan: scan over stacked layers instead of unrolling them.
+    remat: recompute layers in the backward pass.
+  """
+
+  spec: BackboneSpec
+  method: Method
+  num_classes: int
+  dtype: jnp.dtype = jnp.float32
+  scan: bool = False
+  remat: bool = False
+
+  def setup(self):
+    self.backbone = ViT(
+      self.spec,
+      self.method.inserts,
+      self.method.collect,
+      dtype=self.dtype,
+      scan=self.scan,
+      remat=self.remat,
+    )
+    self.shared = self.method.shared() if self.method.shared else None
+    self.side = self.method.side() if self.method.side else None
+    self.output_projection = nn.Dense(
+      self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32
+    )
+
+  def features(self, inputs: Num[Array, 'b *hw c'], *, train: bool = False) -> Float[Array, 'b d']:
+    """The pooled features that the classifier sees."""
+    shared = self.shared() if self.shared is not None else None
+
+    def encode(images: Array, *, per_layer: Any = None, train: bool = False):
+      return self.backbone.encode(images, per_layer=per_layer, shared=shared, train=train)
+
+    run = Run(encode=encode, features=self.backbone.features)
+    if self.side is not None:
+      return self.side(run, inputs, train=train)
+    return run.features(run.encode(inputs, train=train).tokens, train=train)
+
+  def __call__(
+    self, inputs: Num[Array, 'b *hw c'], *, train: bool = False, debug: bool = False
+  ) -> Float[Array, 'b classes']:
+    """Logits, float32. `debug` is part of Scenic's signature and has no effect."""
+    del debug
+    return self.output_projection(self.features(inputs, train=train).astype(jnp.float32))
+
+  def input_shape(self, batch: int = 1) -> tuple[int, ...]:
+    """Shape of a batch of inputs."""
+    return (batch, self.spec.image_size, self.spec.image_size, 3)
+
+  def param_shapes(self) -> dict[str, Any]:
+    """All parameters as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    inputs = jax.ShapeDtypeStruct(self.input_shape(), jnp.float32)
+    return jax.eval_shape(self.init, jax.random.key(0), inputs)['params']
+
+  def init_trainable(self, rng: Array) -> dict[str, Any]:
+    """Fresh trainable parameters; the frozen ones are never computed."""
+
+    def init(rng: Array) -> dict[str, Any]:
+      inputs = jnp.zeros(self.input_shape(), jnp.float32)
+      return partition(self.init(rng, inputs)['params'], self.method)[0]
+
+    return jax.jit(init)(rng)

@@ -1,0 +1,188 @@
+"""Image classification with an adapted backbone, behind Scenic's model contract.
+
+The contract: `build_flax_model`, `loss_function`, `get_metrics_fn(_jit)`, `default_flax_model_config`
+and the attributes `config`, `dataset_meta_data`, `flax_model`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+from jaxtyping import Float
+
+from losa_scenic.adapt_lib import methods
+from losa_scenic.adapt_lib.method import BACKBONE, partition
+from losa_scenic.common_lib import config as config_lib
+from losa_scenic.common_lib import errors, trees
+from losa_scenic.common_lib.types import Array, Batch, Metrics, Params
+from losa_scenic.model_lib import checkpoints, encoder
+from losa_scenic.model_lib.adapted import Adapted
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+LAYER_LOOPS = ('auto', 'scan', 'unroll')
+
+MetricsFn = Callable[[Array, Batch], Metrics]
+
+
+class ClassificationModel:
+  """A backbone, a method and a classifier, made from a config.
+
+  Attributes:
+    config: the run's config (fields: backbone, backbone_configs, method, method_configs,
+      model_dtype_str, frozen_dtype_str, layer_loop, remat, label_smoothing).
+    dataset_meta_data: the dataset's `meta_data` (fields: num_classes, metric).
+    backbone: the backbone that the config names.
+    flax_model: the Linen module.
+  """
+
+  def __init__(
+    self, config: ml_collections.ConfigDict | None, dataset_meta_data: Mapping[str, Any]
+  ):
+    self.config = self.default_flax_model_config() if config is None else config
+    self.dataset_meta_data = dataset_meta_data
+    self.backbone = checkpoints.find(
+      self.config.backbone, config_lib.to_dict(self.config.get('backbone_configs'))
+    )
+    self.flax_model = self.build_flax_model()
+
+  def default_flax_model_config(self) -> ml_collections.ConfigDict:
+    """A tiny model, for tests that need one."""
+    return ml_collections.ConfigDict(
+      {'backbone': 'test/8', 'method': 'losa', 'random_backbone': True}
+    )
+
+  def build_flax_model(self) -> Adapted:
+    """The Linen module that the config describes."""
+    config = self.config
+    options = (config.get('method_configs') or {}).get(config.method)
+    method = methods.build(config.method, self.backbone.spec, options)
+    loop = errors.one_of('layer_loop', config.get('layer_loop', 'auto'), LAYER_LOOPS)
+    dtype = errors.one_of('model_dtype_str', config.get('model_dtype_str', 'float32'), DTYPES)
+    return Adapted(
+      spec=self.backbone.spec,
+      method=method,
+      num_classes=self.dataset_meta_data['num_classes'],
+      dtype=jnp.dtype(dtype),
+      # Unrolled layers run faster; compiling a backward pass through them takes long.
+      scan=not method.spares_backbone if loop == 'auto' else loop == 'scan',
+      remat=config.get('remat', False),
+    )
+
+  def init_params(self, rng: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fresh trainable parameters and the frozen ones, with the stored weights in both.
+
+    Args:
+      rng: a key; it also makes a preset's random backbone.
+
+    Returns:
+      (trainable in float32, frozen in the config's `frozen_dtype_str`).
+
+    Raises:
+      errors.UserError: for a frozen random backbone unless `config.random_backbone` allows it, and
+        for weights that do not fit.
+    """
+    model, config = self.flax_model, self.config
+    frozen_dtype = jnp.dtype(
+      errors.one_of('frozen_dtype_str', config.get('frozen_dtype_str', 'float32'), DTYPES)
+    )
+    trainable, frozen = partition(model.param_shapes(), model.method)
+    if self.backbone.path is None:
+      if trees.count(frozen) and not config.get('random_backbone', False):
+        raise errors.UserError(
+          f"Backbone '{config.backbone}' has random weights and method '{config.method}' would "
+          'freeze them. Name a pretrained backbone '
+          f'({", ".join(checkpoints.packaged()) or "none is packaged"}, or a file), or say '
+          '--config.random_backbone=True.'
+        )
+      values = jax.jit(lambda r: model.init(r, jnp.zeros(model.input_shape())))(rng)['params']
+      trainable, frozen = partition(values, model.method)
+    else:
+      stored = checkpoints.load(self.backbone)
+      if not model.scan:
+        stored = encoder.unstack_layers(stored)
+      flat = trees.flatten({BACKBONE: stored})
+      trainable = _replace(model.init_trainable(rng), flat)
+      wanted = {path: leaf.shape for path, leaf in trees.flatten(frozen).items()}
+      missing = [path for path in wanted if path not in flat]
+      unused = [p for p in flat if p not in wanted and p not in trees.flatten(trainable)]
+      wrong = [p for p, shape in wanted.items() if p in flat and flat[p].shape != shape]
+      if missing or unused or wrong:
+        raise errors.UserError(
+          f"The weights of backbone '{config.backbone}' do not fit the model: missing "
+          f'{missing[:5]}, unused {unused[:5]}, other shape {wrong[:5]}.'
+        )
+      frozen = trees.unflatten({path: flat[path] for path in wanted})
+    frozen = jax.tree.map(lambda a: jnp.asarray(a, frozen_dtype), frozen)
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), trainable), frozen
+
+  def loss_function(
+    self, logits: Float[Array, 'b classes'], batch: Batch, model_params: Params | None = None
+  ) -> Float[Array, '']:
+    """Softmax cross-entropy with label smoothing, averaged over the unmasked examples.
+
+    `batch['label']` holds class ids [b] or, after mixing images, probabilities [b classes].
+    `model_params` belongs to Scenic's signature; regularisation is the optimizer's (decoupled).
+    """
+    del model_params
+    losses = _cross_entropy(logits, batch['label'], self.config.get('label_smoothing') or 0.0)
+    mask = batch['batch_mask']
+    return (losses * mask).sum() / jnp.maximum(mask.sum(), 1.0)
+
+  def get_metrics_fn_jit(self, split: str | None = None) -> MetricsFn:
+    """`fn(logits, batch) -> {name: (sum, normalizer)}` over a global batch, under `jax.jit`."""
+    del split
+    return functools.partial(
+      classification_metrics, per_class=self.dataset_meta_data.get('metric') == 'per_class'
+    )
+
+  def get_metrics_fn(self, split: str | None = None) -> MetricsFn:
+    """Like `get_metrics_fn_jit`, summed over a mapped axis 'batch' (Scenic's pmap trainers)."""
+    metrics = self.get_metrics_fn_jit(split)
+    return lambda logits, batch: jax.lax.psum(metrics(logits, batch), axis_name='batch')
+
+
+def _replace(trainable: Params, stored: Mapping[str, Any]) -> dict[str, Any]:
+  """Trainable leaves with those that have stored weights taken from there."""
+  flat = trees.flatten(trainable)
+  for path in set(flat) & set(stored):
+    if flat[path].shape != stored[path].shape:
+      raise errors.UserError(
+        f'Stored weights {path} are {stored[path].shape}, the model needs {flat[path].shape}.'
+      )
+  return trees.unflatten({path: stored.get(path, leaf) for path, leaf in flat.items()})
+
+
+def _cross_entropy(logits: Array, label: Array, smoothing: float) -> Float[Array, 'b']:
+  target = label if label.ndim == 2 else jax.nn.one_hot(label, logits.shape[-1])
+  return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing))
+
+
+def classification_metrics(
+  logits: Float[Array, 'b classes'], batch: Batch, *, per_class: bool = False
+) -> dict[str, tuple[Array, Array]]:
+  """Sums of accuracy and loss over the unmasked examples, with their normalizers.
+
+  Args:
+    logits: float32.
+    batch: 'label' (ids [b] or probabilities [b classes]) and 'batch_mask' [b] in {0, 1}.
+    per_class: also 'per_class_accuracy', a pair of vectors [classes] whose ratios are to be
+      averaged over the classes that occur.
+
+  Returns:
+    {'accuracy', 'loss'[, 'per_class_accuracy']: (sum, normalizer)}; the loss is not smoothed.
+  """
+  label, mask = batch['label'], batch['batch_mask']
+  ids = label if label.ndim == 1 else label.argmax(-1)
+  correct = (logits.argmax(-1) == ids) * mask
+  metrics = {
+    'accuracy': (correct.sum(), mask.sum()),
+    'loss': ((_cross_entropy(logits, label, 0.0) * mask).sum(), mask.sum()),
+  }
+  if per_class:
+    one_hot = jax.nn.one_hot(ids, logits.shape[-1])
+    metrics['per_class_accuracy'] = (correct @ one_hot, mask @ one_hot)
+  return metrics

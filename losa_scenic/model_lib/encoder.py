@@ -1,0 +1,200 @@
+"""The one encoder: pre-norm blocks with named sites, scanned over stacked layers or unrolled.
+
+Scanned: parameters at `layers/...` with a leading [depth] axis; compiles in constant time.
+Unrolled: parameters at `layers_0/...`, `layers_1/...`; faster to run where there is no backward
+pass through the blocks, and every operation is visible to XLA's cost analysis.
+`stack_layers` and `unstack_layers` convert between the two.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from losa_scenic.common_lib import trees
+from losa_scenic.common_lib.activations import GELU
+from losa_scenic.common_lib.types import Array, Params, PyTree
+from losa_scenic.model_lib import layers, sites
+from losa_scenic.model_lib.presets import BackboneSpec
+
+
+@flax.struct.dataclass
+class Encoded:
+  """What one pass through the encoder yields.
+
+  Attributes:
+    tokens: output of the last block, before the final norm, [b n d].
+    embedded: input of the first block (b_0), [b n d].
+    layers: collected site outputs and recorded values by name; `layers[name][i]` is layer i's,
+      [b n d] each (one stacked array when scanned, a tuple when unrolled).
+    grid: token grid (t, h, w) of `tokens` without its first `prefix` ones.
+    prefix: leading tokens that are not on the grid.
+  """
+
+  tokens: Array
+  embedded: Array
+  layers: Mapping[str, Any]
+  grid: tuple[int, int, int] = flax.struct.field(pytree_node=False)
+  prefix: int = flax.struct.field(pytree_node=False)
+
+
+class Block(nn.Module):
+  """One pre-norm transformer block; its parts stand at the sites of `sites.LayerSite`."""
+
+  spec: BackboneSpec
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    spec, linear = self.spec, functools.partial(layers.dense, dtype=self.dtype)
+    self.norm1 = layers.layer_norm(spec, self.dtype)
+    self.norm2 = layers.layer_norm(spec, self.dtype)
+    self.query, self.key, self.value, self.out = (linear(spec.width) for _ in range(4))
+    mlp_bias = nn.initializers.normal(1e-6)
+    self.fc1 = linear(spec.mlp, bias_init=mlp_bias)
+    self.fc2 = linear(spec.width, bias_init=mlp_bias)
+
+  def __call__(self, x: Float[Array, 'b n d'], at: layers.At) -> Float[Array, 'b n d']:
+    def attn(u: Array) -> Array:
+      q, k, v = (at(name, getattr(self, name))(u) for name in ('query', 'key', 'value'))
+      return at('out', self.out)(layers.attention(q, k, v, self.spec.heads))
+
+    def mlp(u: Array) -> Array:
+      return at('fc2', self.fc2)(GELU[self.spec.gelu](at('fc1', self.fc1)(u)))
+
+    def attn_block(x: Array) -> Array:
+      return x + at('attn', attn)(at('norm1', self.norm1)(x))
+
+    def mlp_block(x: Array) -> Array:
+      return x + at('mlp', mlp)(at('norm2', self.norm2)(x))
+
+    def block(x: Array) -> Array:
+      return at('mlp_block', mlp_block)(at('attn_block', attn_block)(x))
+
+    return at('block', block)(x)
+
+
+class Layer(nn.Module):
+  """A block and this layer's own inserts: the body that is scanned.
+
+  Inserts are ordinary children, named `insert_<site>`, so their parameters stack by themselves.
+  """
+
+  spec: BackboneSpec
+  inserts: Mapping[str, sites.MakeInsert]
+  collect: tuple[str, ...]
+  ctx: sites.Ctx
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    # Made in setup, never inside an operation: a module built lazily inside an insert would be
+    # adopted by the insert, and frozen weights would move into its subtree.
+    self.block = Block(self.spec, dtype=self.dtype)
+    self.insert = {site: make() for site, make in self.inserts.items()}
+
+  def __call__(
+    self, x: Float[Array, 'b n d'], layer: PyTree | None, shared: PyTree | None
+  ) -> tuple[Float[Array, 'b n d'], dict[str, Array]]:
+    seen: dict[str, Array] = {}
+    ctx = dataclasses.replace(self.ctx, layer=layer, shared=shared, record=seen.__setitem__)
+    x = self.block(x, sites.make_at(self.insert, ctx, self.collect, seen))
+    return x, seen
+
+
+class Encoder(nn.Module):
+  """`spec.depth` layers in a row.
+
+  Attributes:
+    spec: geometry.
+    inserts: what stands at each layer site, in every layer.
+    collect: layer sites whose outputs are returned.
+    dtype: dtype of compute.
+    scan: scan over stacked layers, or unroll over per-layer leaves.
+    remat: recompute each layer in the backward pass instead of keeping its activations.
+  """
+
+  spec: BackboneSpec
+  inserts: Mapping[str, sites.MakeInsert]
+  collect: tuple[str, ...] = ()
+  dtype: jnp.dtype = jnp.float32
+  scan: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'b n d'],
+    ctx: sites.Ctx,
+    per_layer: PyTree | None = None,
+    shared: PyTree | None = None,
+  ) -> tuple[Float[Array, 'b n d'], dict[str, Any]]:
+    """Runs all layers.
+
+    Args:
+      x: embedded tokens.
+      ctx: grid, prefix and mode.
+      per_layer: optional values with a leading [depth] axis, handed to each layer's inserts.
+      shared: optional values handed to every layer's inserts.
+
+    Returns:
+      The last layer's output and {name: collected or recorded values, indexable by layer}.
+    """
+    sites.check(self.collect)
+    # prevent_cse is only needed outside a scan.
+    body = nn.remat(Layer, prevent_cse=not self.scan) if self.remat else Layer
+    make = functools.partial(body, self.spec, self.inserts, self.collect, ctx, dtype=self.dtype)
+    if not self.scan:
+      seen = []
+      for i in range(self.spec.depth):
+        layer = jax.tree.map(lambda a, i=i: a[i], per_layer)
+        x, values = make(name=f'layers_{i}')(x, layer, shared)
+        seen.append(values)
+      return x, {name: tuple(values[name] for values in seen) for name in seen[0]}
+    scanned = nn.scan(
+      body,
+      variable_axes={'params': 0},
+      split_rngs={'params': True, 'dropout': True},
+      in_axes=(0, nn.broadcast),
+      length=self.spec.depth,
+    )
+    return scanned(self.spec, self.inserts, self.collect, ctx, dtype=self.dtype, name='layers')(
+      x, per_layer, shared
+    )
+
+
+_LAYER = re.compile(r'(^|.*/)layers_(\d+)/(.*)')
+
+
+def stack_layers(params: Params) -> dict[str, Any]:
+  """Unrolled tree -> scanned tree: `layers_<i>/x` become one `layers/x` with a [depth] axis."""
+  flat, groups = {}, {}
+  for path, leaf in trees.flatten(params).items():
+    match = _LAYER.fullmatch(path)
+    if match:
+      groups.setdefault(f'{match[1]}layers/{match[3]}', {})[int(match[2])] = leaf
+    else:
+      flat[path] = leaf
+  for path, leaves in groups.items():
+    if sorted(leaves) != list(range(len(leaves))):
+      raise ValueError(f'{path}: layers {sorted(leaves)} are not 0..{len(leaves) - 1}.')
+    flat[path] = jnp.stack([leaves[i] for i in range(len(leaves))])
+  return trees.unflatten(flat)
+
+
+def unstack_layers(params: Params) -> dict[str, Any]:
+  """Scanned tree -> unrolled tree, the inverse of `stack_layers`."""
+  flat = {}
+  for path, leaf in trees.flatten(params).items():
+    match = re.fullmatch(r'(^|.*/)layers/(.*)', path)
+    if match:
+      for i in range(leaf.shape[0]):
+        flat[f'{match[1]}layers_{i}/{match[2]}'] = leaf[i]
+    else:
+      flat[path] = leaf
+  return trees.unflatten(flat)

@@ -1,0 +1,102 @@
+"""The small layers a backbone is made of, with explicit dtypes.
+
+Parameters are created in float32; frozen ones may be stored in any float dtype (they are cast once
+at load). Every layer casts its parameters and its input to `dtype`, the dtype of compute.
+"""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+
+from losa_scenic.common_lib.activations import GELU
+from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib.presets import BackboneSpec
+
+At = Callable[[str, Callable[[Array], Array]], Callable[[Array], Array]]
+
+
+def dense(features: int, dtype: jnp.dtype, **kwargs) -> nn.Dense:
+  """A linear layer [.. d] -> [.. features]; kernel xavier-uniform as in the ViT code bases."""
+  kwargs.setdefault('kernel_init', nn.initializers.xavier_uniform())
+  return nn.Dense(features, dtype=dtype, **kwargs)
+
+
+def layer_norm(spec: BackboneSpec, dtype: jnp.dtype) -> nn.LayerNorm:
+  """LayerNorm over channels; statistics in float32, output in `dtype`."""
+  return nn.LayerNorm(epsilon=spec.norm_eps, dtype=dtype)
+
+
+def split_heads(x: Float[Array, 'b n d'], heads: int) -> Float[Array, 'b n h e']:
+  """[b n d] -> [b n heads d/heads]."""
+  return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def attention(
+  q: Float[Array, 'b n d'], k: Float[Array, 'b m d'], v: Float[Array, 'b m d'], heads: int
+) -> Float[Array, 'b n d']:
+  """softmax(q k^T / sqrt(d / heads)) v, per head; the softmax is computed in float32."""
+  y = jax.nn.dot_product_attention(
+    split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+  )
+  return y.reshape(q.shape)
+
+
+class PatchEmbed(nn.Module):
+  """Cuts images into patches and projects each: a reshape and one matrix product.
+
+  Attributes:
+    spec: geometry; the kernel is [patch * patch * 3, d], the row order (y, x, channel) being that
+      of a flattened [patch, patch, 3, d] convolution kernel.
+    dtype: dtype of compute.
+  """
+
+  spec: BackboneSpec
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n d']:
+    b, height, width, channels = images.shape
+    p = self.spec.patch
+    x = images.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)
+    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (height // p) * (width // p), p * p * channels)
+    return dense(
+      self.spec.width, self.dtype, kernel_init=nn.initializers.lecun_normal(), name='proj'
+    )(x)
+
+
+class MapHead(nn.Module):
+  """Multi-head attention pooling: a learned probe attends over all tokens.
+
+  z = MHA(query=probe, key=value=x); pooled = z + MLP(LN(z)). No residual from the probe (as in
+  big_vision and Scenic; Zhai et al. 2022, section 3.3).
+  """
+
+  spec: BackboneSpec
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    spec, linear = self.spec, functools.partial(dense, dtype=self.dtype)
+    self.probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, spec.width))
+    self.query, self.key, self.value, self.out = (linear(spec.width) for _ in range(4))
+    self.norm = layer_norm(spec, self.dtype)
+    self.fc1, self.fc2 = linear(spec.mlp), linear(spec.width)
+
+  def __call__(self, x: Float[Array, 'b n d'], at: At) -> Float[Array, 'b d']:
+    probe = jnp.broadcast_to(self.probe.astype(self.dtype), (x.shape[0], 1, self.spec.width))
+
+    def mlp(u: Array) -> Array:
+      return self.fc2(GELU[self.spec.gelu](self.fc1(u)))
+
+    z = at('pool_out', self.out)(
+      attention(
+        at('pool_query', self.query)(probe),
+        at('pool_key', self.key)(x),
+        at('pool_value', self.value)(x),
+        self.spec.heads,
+      )
+    )
+    return (z + at('pool_mlp', mlp)(self.norm(z)))[:, 0]

@@ -1,0 +1,129 @@
+"""Image ViT: patches -> encoder -> final norm -> pooling. Dosovitskiy et al. 2021, section 3.1."""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Float, Num
+
+from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Array, PyTree
+from losa_scenic.model_lib import encoder, layers, sites
+from losa_scenic.model_lib.presets import BackboneSpec
+
+
+class ViT(nn.Module):
+  """A vision transformer without a classifier.
+
+  Attributes:
+    spec: geometry and pooling.
+    inserts: what a method places at the sites; empty for the plain backbone.
+    collect: layer sites whose outputs `encode` returns.
+    dtype: dtype of compute (float32, bfloat16 or float16).
+    scan: scan over stacked layers instead of unrolling them.
+    remat: recompute layers in the backward pass.
+  """
+
+  spec: BackboneSpec
+  inserts: Mapping[str, sites.MakeInsert]
+  collect: tuple[str, ...] = ()
+  dtype: jnp.dtype = jnp.float32
+  scan: bool = False
+  remat: bool = False
+
+  def setup(self):
+    spec = self.spec
+    outer, inner = sites.split(self.inserts)
+    unreachable = set(outer) & set(sites.MAP_HEAD_SITES)
+    if unreachable and spec.pool != 'map':
+      raise errors.UserError(
+        f"Sites {sorted(unreachable)} exist only with pooling 'map'; this backbone pools by "
+        f"'{spec.pool}'."
+      )
+    self.patch = layers.PatchEmbed(spec, dtype=self.dtype)
+    if spec.class_token:
+      self.cls = self.param('cls', nn.initializers.zeros, (1, 1, spec.width))
+    self.pos_embedding = self.param(
+      'pos_embedding', nn.initializers.normal(0.02), (1, spec.tokens, spec.width)
+    )
+    self.encoder = encoder.Encoder(
+      spec, inner, self.collect, dtype=self.dtype, scan=self.scan, remat=self.remat
+    )
+    self.norm = layers.layer_norm(spec, self.dtype)
+    if spec.pool == 'map':
+      self.map_head = layers.MapHead(spec, dtype=self.dtype)
+    self.insert = {site: make() for site, make in outer.items()}
+
+  def _at(self, train: bool) -> layers.At:
+    ctx = sites.Ctx(grid=self.spec.grid, prefix=self.spec.prefix, train=train)
+    return sites.make_at(self.insert, ctx)
+
+  def encode(
+    self,
+    images: Num[Array, 'b h w c'],
+    *,
+    per_layer: PyTree | None = None,
+    shared: PyTree | None = None,
+    train: bool = False,
+  ) -> encoder.Encoded:
+    """Runs the encoder.
+
+    Args:
+      images: integers in [0, 255], normalised here with the spec's mean and std, or floats that
+        are already normalised.
+      per_layer: optional signal to each layer's inserts, leading axis [depth].
+      shared: optional signal to all layers' inserts.
+      train: whether this is a training pass.
+
+    Returns:
+      The tokens before the final norm, and everything collected.
+
+    Raises:
+      errors.UserError: if the image size is not that of the position embedding.
+    """
+    spec = self.spec
+    if images.shape[1:] != (spec.image_size, spec.image_size, 3):
+      raise errors.UserError(
+        f'Images are {list(images.shape[1:])}, but the position embedding of backbone '
+        f"'{spec.name}' is for [{spec.image_size}, {spec.image_size}, 3]."
+      )
+    at = self._at(train)
+    x = at('patch', self.patch)(normalize(images, spec))
+    if spec.class_token:
+      cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, spec.width))
+      x = jnp.concatenate([cls, x], axis=1)
+    embedded = x + self.pos_embedding.astype(x.dtype)
+    ctx = sites.Ctx(grid=spec.grid, prefix=spec.prefix, train=train)
+    seen: dict[str, Array] = {}
+
+    def run(x: Array) -> Array:
+      x, values = self.encoder(x, ctx, per_layer, shared)
+      seen.update(values)
+      return x
+
+    tokens = at('encoder', run)(embedded)
+    return encoder.Encoded(tokens, embedded, seen, spec.grid, spec.prefix)
+
+  def features(self, tokens: Float[Array, 'b n d'], *, train: bool = False) -> Float[Array, 'b d']:
+    """Final norm and pooling of tokens [b n d] in the place of the last block's output."""
+    at = self._at(train)
+    x = at('norm', self.norm)(tokens.astype(self.dtype))
+
+    def pool(x: Array) -> Array:
+      if self.spec.pool == 'map':
+        return self.map_head(x, at)
+      return x[:, 0] if self.spec.pool == 'cls' else x[:, self.spec.prefix :].mean(axis=1)
+
+    return at('pool', pool)(x)
+
+  def __call__(self, images: Num[Array, 'b h w c'], *, train: bool = False) -> Float[Array, 'b d']:
+    """Images -> pooled features."""
+    return self.features(self.encode(images, train=train).tokens, train=train)
+
+
+def normalize(images: Num[Array, 'b h w c'], spec: BackboneSpec) -> Float[Array, 'b h w c']:
+  """Integer images in [0, 255] -> (x / 255 - mean) / std in float32; floats pass unchanged."""
+  if not jnp.issubdtype(images.dtype, jnp.integer):
+    return images
+  x = images.astype(jnp.float32) / 255.0
+  return (x - jnp.asarray(spec.mean)) / jnp.asarray(spec.std)

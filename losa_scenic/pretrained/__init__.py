@@ -1,0 +1,1 @@
+"""Backbones that ship with the package (safetensors + JSON + model card)."""

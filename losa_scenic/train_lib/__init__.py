@@ -1,0 +1,1 @@
+"""Training: state, steps, schedules, checkpoints, writers and the one train loop."""

@@ -1,0 +1,90 @@
+"""What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tqdm
+
+
+class Progress:
+  """Step, loss, images/s and time left.
+
+  The speed leaves out the first step of the process, which compiles, and pauses for evaluation.
+  """
+
+  def __init__(self, start: int, total: int, batch_size: int, seconds_between_lines: float = 5.0):
+    """Starts at step `start` of `total`."""
+    self._total, self._batch_size, self._every = total, batch_size, seconds_between_lines
+    self._loss = '-'
+    self._steps, self._seconds, self._since = 0, 0.0, None
+    self._last_line = time.monotonic()
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(
+        total=total, initial=start, unit='step', dynamic_ncols=True, file=sys.stderr
+      )
+
+  def step(self, step: int) -> None:
+    """Step `step` (1-based) is done."""
+    if self._since is not None:
+      self._steps += 1
+    if self._bar is not None:
+      self._bar.update(1)
+      return
+    now = time.monotonic()
+    if now - self._last_line >= self._every or step == self._total:
+      self._last_line = now
+      left = (self._total - step) / self.steps_per_second if self.steps_per_second else 0
+      self.say(
+        f'step {step}/{self._total}  loss {self._loss}  '
+        f'{self.images_per_second:.0f} images/s  {time.strftime("%H:%M:%S", time.gmtime(left))} left'
+      )
+
+  def run(self) -> None:
+    """Training goes on: the clock of the speed runs. Called after the first, compiling, step too."""
+    if self._since is None:
+      self._since = time.monotonic()
+
+  def pause(self) -> None:
+    """Something else than training begins."""
+    if self._since is not None:
+      self._seconds += time.monotonic() - self._since
+      self._since = None
+
+  def loss(self, value: float) -> None:
+    """The latest loss that was logged."""
+    self._loss = f'{value:.4f}'
+    if self._bar is not None:
+      self._bar.set_postfix_str(f'loss {self._loss}, {self.images_per_second:.0f} images/s')
+
+  def say(self, text: str) -> None:
+    """Prints a line without spoiling the bar."""
+    if self._bar is not None:
+      self._bar.write(text, file=sys.stderr)
+    else:
+      print(text, file=sys.stderr, flush=True)
+
+  @property
+  def steps_per_second(self) -> float:
+    """Mean speed of training so far; 0 before it is known."""
+    seconds = self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
+    return self._steps / seconds if self._steps else 0.0
+
+  @property
+  def images_per_second(self) -> float:
+    """Mean speed of training so far, all devices together; 0 before it is known."""
+    return self.steps_per_second * self._batch_size
+
+  def close(self) -> None:
+    """Ends the bar."""
+    if self._bar is not None:
+      self._bar.close()
+
+
+def table(title: str, rows: Mapping[str, Any]) -> str:
+  """Two aligned columns under a title."""
+  width = max(len(name) for name in rows)
+  lines = [f'  {name:<{width}}  {value}' for name, value in rows.items()]
+  return '\n'.join([title, *lines])

@@ -1,0 +1,200 @@
+"""Every field of a run's config, with its default: the schema that a config file fills in.
+
+A config file does `config = run_config.default_config()`, sets fields and returns it. The config is
+locked, so a misspelt field is an error at once. None means 'not given'.
+"""
+
+import math
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from losa_scenic.adapt_lib import methods
+from losa_scenic.common_lib import config as config_lib
+from losa_scenic.common_lib import errors
+
+
+def _options(**types: type) -> ml_collections.ConfigDict:
+  return ml_collections.ConfigDict({k: config_dict.placeholder(t) for k, t in types.items()})
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """The schema; field names are Scenic's where Scenic has the field."""
+  c = ml_collections.ConfigDict()
+  c.rng_seed = 0  # seeds the parameters and the augmentation
+  c.shuffle_seed = config_dict.placeholder(int)  # seeds the order of the data; rng_seed if None
+
+  # Data. Options that the chosen dataset does not take are an error if given.
+  c.dataset_name = 'digits'
+  c.data_dtype_str = 'uint8'  # or 'float32': scaled to [-1, 1] on the host
+  c.dataset_configs = _options(
+    path=str,  # image_folder, image_pack
+    train_split=str,  # 'train' or 'trainval'
+    metric=str,  # 'accuracy' or 'per_class'
+    image_size=int,  # the backbone's if None
+    label=str,  # sprites: 'x_position' or 'orientation'
+    num_train=int,  # sprites
+    num_val=int,  # sprites
+    num_test=int,  # sprites
+    seed=int,  # sprites
+    val_fraction=float,  # image_folder without val/
+    test_fraction=float,  # image_folder without test/
+    split_seed=int,  # image_folder
+  )
+  c.batch_size = 64  # of all devices together
+  c.eval_batch_size = config_dict.placeholder(int)  # batch_size if None
+
+  # Augmentation, on the device.
+  c.augment = ml_collections.ConfigDict()
+  c.augment.min_crop_area = 1.0  # random resized crops of at least this share; 1 = no crops
+  c.augment.flip = False  # left-right
+  c.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share
+  c.augment.mixup_alpha = 0.0  # Beta(alpha, alpha); 0 = off
+  c.augment.cutmix_alpha = 0.0  # with both on, each batch draws one of them
+
+  # Model.
+  c.model_name = 'classification'
+  c.backbone = 'vit_ti8_tin120'  # packaged name, NAME.json or .safetensors, or a preset 'S/16'
+  c.backbone_configs = _options(pool=str, image_size=int, gelu=str, class_token=bool)
+  c.random_backbone = False  # allow freezing a preset's random weights
+  c.method = 'losa'
+  c.method_configs = ml_collections.ConfigDict({name: {} for name in methods.METHODS})
+  c.method_configs.full = _options(token_keep=float)
+  c.method_configs.losa = _options(
+    rank=int,
+    num_layers=int,
+    adaptor=str,
+    activation=str,
+    y0=str,
+    alpha_init=float,
+    map_head_lora_rank=int,
+  )
+  c.model_dtype_str = 'float32'  # compute: float32, bfloat16, float16
+  c.frozen_dtype_str = 'float32'  # storage of the frozen weights
+  c.layer_loop = 'auto'  # 'scan' or 'unroll' the encoder's layers
+  c.remat = False  # recompute layers in the backward pass
+
+  # Optimisation. The learning rate is lr_configs.base_learning_rate if given, else the method's.
+  c.trainer_name = 'classification'
+  c.num_training_steps = config_dict.placeholder(int)  # goes before num_training_epochs
+  c.num_training_epochs = config_dict.placeholder(float)
+  c.label_smoothing = 0.0
+  c.max_grad_norm = config_dict.placeholder(float)
+  c.optimizer = 'adamw'
+  c.optimizer_configs = _options(
+    weight_decay=float, momentum=float, nesterov=bool, beta1=float, beta2=float, epsilon=float
+  )
+  c.method_learning_rates = ml_collections.ConfigDict(
+    {name: config_dict.placeholder(float) for name in methods.METHODS}
+  )
+  c.lr_configs = _options(
+    learning_rate_schedule=str,
+    factors=str,
+    base_learning_rate=float,
+    total_steps=int,
+    warmup_steps=int,
+    warmup_alpha=float,
+    steps_per_cycle=int,
+    alpha=float,
+    end_learning_rate=float,
+    decay_events=tuple,
+    decay_factors=tuple,
+  )
+
+  # Logging, evaluation, checkpoints: in steps; None = once an epoch.
+  c.log_summary_steps = 50
+  c.log_eval_steps = config_dict.placeholder(int)
+  c.checkpoint = True
+  c.checkpoint_steps = config_dict.placeholder(int)
+  c.max_checkpoint_keep = 2
+  c.export_backbone = ''  # method 'full' only: write the tuned backbone as this NAME.safetensors
+  return c.lock()
+
+
+# Fields that may differ when a run is continued: they do not change what is computed.
+MAY_CHANGE = (
+  'log_eval_steps',
+  'checkpoint_steps',
+  'max_checkpoint_keep',
+  'eval_batch_size',
+  'export_backbone',
+)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Raises `UserError` for a key nobody knows or a value no run can have."""
+  config_lib.check_keys(config, default_config())
+  errors.one_of('method', config.method, methods.METHODS)
+  for field in ('batch_size', 'log_summary_steps', 'max_checkpoint_keep'):
+    _at_least(field, config[field], 1)
+  for field in ('eval_batch_size', 'log_eval_steps', 'checkpoint_steps', 'num_training_steps'):
+    if config[field] is not None:
+      _at_least(field, config[field], 1)
+  if config.num_training_steps is None and config.num_training_epochs is None:
+    raise errors.UserError('Give num_training_steps or num_training_epochs.')
+  augment = config.augment
+  if not 0 < augment.min_crop_area <= 1:
+    raise errors.UserError(f'augment.min_crop_area must be in (0, 1]: {augment.min_crop_area}.')
+  for field in ('color_jitter', 'mixup_alpha', 'cutmix_alpha'):
+    _at_least(f'augment.{field}', augment[field], 0)
+  if not 0 <= config.label_smoothing < 1:
+    raise errors.UserError(f'label_smoothing must be in [0, 1): {config.label_smoothing}.')
+  if config.export_backbone and config.method != 'full':
+    raise errors.UserError(f"export_backbone needs method 'full', not '{config.method}'.")
+
+
+def check_overrides(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> None:
+  """Raises `UserError` for command-line options of a method that is not the chosen one."""
+  for key in overrides:
+    block, _, rest = key.partition('.')
+    other = rest.split('.')[0]
+    if block in ('method_configs', 'method_learning_rates') and other != config.method:
+      raise errors.UserError(
+        f"--config.{key} would have no effect: it is for method '{other}', and the method is "
+        f"'{config.method}'."
+      )
+
+
+def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """A copy with the learning rate, seeds and batch sizes filled in.
+
+  Raises:
+    errors.UserError: as `check`, or if no learning rate is given.
+  """
+  check(config)
+  config = ml_collections.ConfigDict(config.to_dict())
+  if config.shuffle_seed is None:
+    config.shuffle_seed = config.rng_seed
+  if config.eval_batch_size is None:
+    config.eval_batch_size = config.batch_size
+  if config.lr_configs.base_learning_rate is None:
+    config.lr_configs.base_learning_rate = config.method_learning_rates.get(config.method)
+  if config.lr_configs.base_learning_rate is None:
+    raise errors.UserError(
+      f'Give lr_configs.base_learning_rate or method_learning_rates.{config.method}.'
+    )
+  # What belongs to other methods is not part of this run.
+  config.method_configs = {config.method: config.method_configs.get(config.method) or {}}
+  config.method_learning_rates = {}
+  return config.lock()
+
+
+def number_of_steps(config: ml_collections.ConfigDict, num_train_examples: int) -> tuple[int, int]:
+  """(steps of the whole training, steps of an epoch), both at least 1."""
+  per_epoch = max(1, num_train_examples // config.batch_size)
+  if config.num_training_steps is not None:
+    return config.num_training_steps, per_epoch
+  return max(1, math.ceil(config.num_training_epochs * num_train_examples / config.batch_size)), (
+    per_epoch
+  )
+
+
+def _at_least(field: str, value: float, low: float) -> None:
+  if value < low:
+    raise errors.UserError(f'{field} must be at least {low}, got {value}.')
+
+
+def method_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The options given to the config's method."""
+  return config_lib.to_dict((config.method_configs or {}).get(config.method))

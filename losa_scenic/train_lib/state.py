@@ -1,0 +1,32 @@
+"""The state of a run: everything that changes from step to step, and nothing frozen."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from losa_scenic.common_lib.types import Array
+
+
+@flax.struct.dataclass
+class TrainState:
+  """What a checkpoint holds.
+
+  Attributes:
+    global_step: steps done, int32 scalar; also the position in the data.
+    trainable: the trainable parameters, float32.
+    opt_state: the optimizer's state over exactly those.
+    rng: key data of the run's random stream, uint32 [2]; step i uses `fold_in(rng, i)`.
+  """
+
+  global_step: Array
+  trainable: Any
+  opt_state: Any
+  rng: Array
+
+  @classmethod
+  def create(cls, trainable: Any, tx: optax.GradientTransformation, rng: Array) -> 'TrainState':
+    """The state before the first step."""
+    return cls(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), jax.random.key_data(rng))

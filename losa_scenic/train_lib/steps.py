@@ -1,0 +1,86 @@
+"""The train step and the eval step: pure functions, differentiated over the trainable tree only."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from losa_scenic.adapt_lib.method import combine
+from losa_scenic.common_lib.types import Array, Batch, Metrics, Params
+from losa_scenic.model_lib.adapted import Adapted
+from losa_scenic.train_lib.state import TrainState
+
+LossFn = Callable[[Array, Batch], Array]
+MetricsFn = Callable[[Array, Batch], Metrics]
+AugmentFn = Callable[[Array, Batch], Batch]
+
+
+def train_step(
+  state: TrainState,
+  frozen: Params,
+  batch: Batch,
+  *,
+  flax_model: Adapted,
+  loss_fn: LossFn,
+  metrics_fn: MetricsFn,
+  tx: optax.GradientTransformation,
+  augment: AugmentFn | None = None,
+) -> tuple[TrainState, dict[str, Any]]:
+  """One step of training.
+
+  Args:
+    state: before the step.
+    frozen: the parameters that never change; no gradient is ever taken with respect to them.
+    batch: 'inputs' [b h w 3], 'label', 'batch_mask'.
+    flax_model: the adapted model.
+    loss_fn: `loss_fn(logits, batch)` -> scalar that is minimised.
+    metrics_fn: `metrics_fn(logits, batch)` -> {name: (sum, normalizer)}.
+    tx: the optimizer over the trainable tree.
+    augment: `augment(rng, batch)` -> batch, or None.
+
+  Returns:
+    The state after the step, and metrics: those of `metrics_fn`, 'loss' replaced by the minimised
+    one, plus the norms 'l2_grads' (before clipping), 'l2_updates' and 'l2_params'.
+  """
+  rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.global_step)
+  augment_rng, dropout_rng = jax.random.split(rng)
+  if augment is not None:
+    batch = augment(augment_rng, batch)
+
+  def loss_and_logits(trainable: Params) -> tuple[Array, Array]:
+    logits = flax_model.apply(
+      {'params': combine(trainable, frozen)},
+      batch['inputs'],
+      train=True,
+      rngs={'dropout': dropout_rng},
+    )
+    return loss_fn(logits, batch), logits
+
+  (loss, logits), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(state.trainable)
+  updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
+  trainable = optax.apply_updates(state.trainable, updates)
+  one = jnp.ones((), jnp.float32)
+  metrics = dict(metrics_fn(logits, batch))
+  metrics['loss'] = (loss, one)
+  metrics['l2_grads'] = (optax.global_norm(grads), one)
+  metrics['l2_updates'] = (optax.global_norm(updates), one)
+  metrics['l2_params'] = (optax.global_norm(trainable), one)
+  return state.replace(
+    global_step=state.global_step + 1, trainable=trainable, opt_state=opt_state
+  ), metrics
+
+
+def eval_step(
+  trainable: Params,
+  frozen: Params,
+  batch: Batch,
+  *,
+  flax_model: Adapted,
+  metrics_fn: MetricsFn,
+) -> tuple[dict[str, Any], Array]:
+  """Metrics of one batch (padded examples carry batch_mask 0), and the predicted classes [b]."""
+  variables = {'params': combine(trainable, frozen)}
+  logits = flax_model.apply(variables, batch['inputs'], train=False)
+  return dict(metrics_fn(logits, batch)), logits.argmax(-1)

@@ -1,0 +1,114 @@
+"""What a finished run leaves for people and programs: summary.json, a table, a tuned backbone."""
+
+import pathlib
+import platform
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import flax
+import jax
+import ml_collections
+
+from losa_scenic import __version__
+from losa_scenic.adapt_lib.method import BACKBONE, combine, split_head
+from losa_scenic.common_lib import trees
+from losa_scenic.common_lib.types import Params
+from losa_scenic.model_lib import checkpoints, encoder
+from losa_scenic.model_lib.classification_model import ClassificationModel
+from losa_scenic.train_lib import progress
+from losa_scenic.train_lib.state import TrainState
+
+if TYPE_CHECKING:
+  from losa_scenic.train_lib.trainer import Program
+
+
+def content(
+  model: ClassificationModel,
+  state: TrainState,
+  frozen: Params,
+  config: ml_collections.ConfigDict,
+  meta_data: Mapping[str, Any],
+  start: int | None,
+  bar: progress.Progress,
+  evaluation: Mapping[str, float],
+) -> dict[str, Any]:
+  """The content of summary.json.
+
+  Accuracies are in [0, 1]; parameter counts are scalars; `trainable_params` leaves out the
+  classifier, whose count is `head_params`; `train_images_per_second` covers this process's steps
+  without compilation and evaluation, and is null if it trained fewer than two.
+  """
+  rest, head = split_head(state.trainable)
+  return {
+    **evaluation,
+    'trainable_params': trees.count(rest),
+    'head_params': trees.count(head),
+    'frozen_params': trees.count(frozen),
+    'train_images_per_second': bar.images_per_second or None,
+    'num_steps': int(state.global_step),
+    'seed': config.rng_seed,
+    'method': config.method,
+    'backbone': config.backbone,
+    'backbone_sha256': model.backbone.sha256,
+    'dataset': _dataset(config),
+    'metric': meta_data.get('metric', 'accuracy'),
+    'num_train_examples': meta_data['num_train_examples'],
+    'resumed_from_step': start,
+    'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'versions': {
+      'losa_scenic': __version__,
+      'jax': jax.__version__,
+      'flax': flax.__version__,
+      'python': platform.python_version(),
+    },
+  }
+
+
+def _dataset(config: ml_collections.ConfigDict) -> str:
+  path = config.dataset_configs.get('path')
+  return f'{config.dataset_name}:{pathlib.Path(path).stem}' if path else config.dataset_name
+
+
+def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
+  """The summary as a few lines for people."""
+  rate = summary['train_images_per_second']
+  percent = f'{100 * summary["test_accuracy"]:.2f} %'
+  if summary['metric'] == 'per_class':
+    percent += ' (mean over classes)'
+  rows = {
+    'test accuracy': percent,
+    'trained parameters': f'{summary["trainable_params"]:,} (without the head)',
+    '  with the head': f'{summary["trainable_params"] + summary["head_params"]:,}',
+    'frozen parameters': f'{summary["frozen_params"]:,}',
+    'training speed': f'{rate:.0f} images/s' if rate else 'nothing left to train',
+    'outputs': str(workdir),
+    'curves': f'tensorboard --logdir {workdir}',
+  }
+  return progress.table(
+    f'\n{summary["method"]} on {summary["dataset"]}, backbone {summary["backbone"]}', rows
+  )
+
+
+def export_backbone(
+  program: 'Program',
+  state: TrainState,
+  config: ml_collections.ConfigDict,
+  evaluation: Mapping[str, float],
+) -> None:
+  """Writes the tuned backbone, without classifier, where `config.export_backbone` says."""
+  params = combine(jax.device_get(state.trainable), jax.device_get(program.frozen))[BACKBONE]
+  stacked = params if program.model.flax_model.scan else encoder.stack_layers(params)
+  card = {
+    'config': config.to_dict(),
+    'dataset': _dataset(config),
+    'num_steps': int(state.global_step),
+    'seed': config.rng_seed,
+    **evaluation,
+  }
+  checkpoints.save(
+    pathlib.Path(config.export_backbone),
+    program.model.backbone.spec,
+    jax.tree.map(jax.numpy.asarray, stacked),
+    dtype='float16',
+    card=card,
+  )

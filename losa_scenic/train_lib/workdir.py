@@ -1,0 +1,89 @@
+"""The directory of one run: locked while the run lives, its config written down and compared."""
+
+import contextlib
+import fcntl
+import json
+import os
+import pathlib
+import socket
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from losa_scenic.common_lib import errors
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+  """Holds the run's lock; the operating system frees it however the process ends.
+
+  Raises:
+    errors.UserError: if the directory cannot be written, or a live run holds it.
+  """
+  try:
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = open(workdir / '.lock', 'a+')  # noqa: SIM115 (closed below, after the run)
+  except OSError as e:
+    raise errors.UserError(f'Cannot write to the workdir {workdir}: {e.strerror}.') from None
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      owner = file.read().strip() or 'another process'
+      raise errors.UserError(
+        f'The workdir {workdir} is in use by a live run ({owner}). Wait for it, or choose '
+        'another --workdir.'
+      ) from None
+    file.truncate(0)
+    file.write(f'host {socket.gethostname()}, process {os.getpid()}')
+    file.flush()
+    yield
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes JSON atomically: readers see the old file or the new one."""
+  temporary = path.with_name(f'.{path.name}.tmp')
+  temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')
+  temporary.replace(path)
+
+
+def check_same_run(
+  workdir: pathlib.Path, config: Mapping[str, Any], may_change: tuple[str, ...]
+) -> None:
+  """Compares the config with the one that a former run wrote into the workdir, if any.
+
+  Raises:
+    errors.UserError: naming the fields that differ, other than those in `may_change`.
+  """
+  path = workdir / 'config.json'
+  if not path.exists():
+    return
+  try:
+    former = json.loads(path.read_text())
+  except (OSError, json.JSONDecodeError) as e:
+    raise errors.UserError(f'Cannot read {path}: {e}') from None
+  now = json.loads(json.dumps(dict(config)))
+  lines = list(_differences(former, now, may_change))
+  if lines:
+    raise errors.UserError(
+      '\n  '.join(
+        [
+          f'The workdir {workdir} holds a run with another config (there -> here):',
+          *lines[:10],
+          'Use the same config to continue that run, or choose another --workdir.',
+        ]
+      )
+    )
+
+
+def _differences(
+  former: Mapping[str, Any], now: Mapping[str, Any], skip: tuple[str, ...], prefix: str = ''
+) -> Iterator[str]:
+  for key in sorted(set(former) | set(now)):
+    a, b = former.get(key), now.get(key)
+    if key in skip and not prefix:
+      continue
+    if isinstance(a, dict) and isinstance(b, dict):
+      yield from _differences(a, b, skip, f'{prefix}{key}.')
+    elif a != b:
+      yield f'{prefix}{key}: {json.dumps(a)} -> {json.dumps(b)}'
