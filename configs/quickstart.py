@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
   """The run."""
   config = run_config.default_config()
   config.dataset_name = 'digits'
-  config.backbone = 'vit_ti8_tin120'
+  config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
   config.method_learning_rates.losa = 1e-3
   config.method_learning_rates.linear = 1e-2

@@ -32,6 +32,7 @@ environment:
   i modulo the number of devices (CUDA_VISIBLE_DEVICES). Where slots share a device (more slots
   than devices, or several slots without --devices), runs get XLA_PYTHON_CLIENT_PREALLOCATE=false
   unless the variable is set, so that the first one does not take the memory of the others.
+  Runs share compiled programs through DIR/.jax_cache (JAX_COMPILATION_CACHE_DIR, unless set).
 
 examples:
   python -m losa_scenic.sweep --config=FILE.py --workdir=DIR --dry-run
@@ -171,6 +172,9 @@ def run_sweep(
       run's directory holds other overrides.
   """
   environments = slot_environments(slots, devices)
+  if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    cache = str(pathlib.Path(workdir).expanduser().absolute() / '.jax_cache')
+    environments = [{**one, 'JAX_COMPILATION_CACHE_DIR': cache} for one in environments]
   runs, repeated = plan(config, workdir, overrides, main_module)
   root = pathlib.Path(workdir).expanduser().absolute()
   root.mkdir(parents=True, exist_ok=True)

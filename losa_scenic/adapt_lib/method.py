@@ -72,7 +72,7 @@ class Method:
 
   def __post_init__(self):
     sites.check(self.inserts)
-    sites.check(self.collect)
+    sites.check_layer_sites(self.collect)
 
   @property
   def spares_backbone(self) -> bool:

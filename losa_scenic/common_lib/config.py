@@ -62,3 +62,31 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str =
     is_block = isinstance(value, (Mapping, ml_collections.ConfigDict))
     if is_block and len(known[key] or ()):
       check_keys(value, known[key], prefix=f'{prefix}{key}.')
+
+
+def check_types(
+  given: ml_collections.ConfigDict, schema: ml_collections.ConfigDict, prefix: str = ''
+) -> None:
+  """Raises `UserError` for a field of `schema` that `given` lacks or holds a wrong type for.
+
+  A whole number may stand for a float, a list for a tuple, None where the default is None. Inside a
+  block, an option whose default is None may be missing.
+  """
+  for key in schema:
+    name, default, kind = prefix + key, schema[key], schema.get_type(key)
+    is_block = isinstance(default, ml_collections.ConfigDict)
+    if key not in given:
+      if prefix and (default is None or is_block):
+        continue
+      raise errors.UserError(
+        f"The config has no field '{name}': begin with `config = run_config.default_config()`."
+      )
+    value = given[key]
+    if is_block and isinstance(value, ml_collections.ConfigDict):
+      check_types(value, default, f'{name}.')
+      continue
+    kinds = {float: (float, int), tuple: (tuple, list)}.get(kind, (kind,))
+    right = isinstance(value, kinds) and (kind is bool or not isinstance(value, bool))
+    if is_block or not (right or (value is None and default is None)):
+      what = 'a block of options' if is_block else f'of type {kind.__name__}'
+      raise errors.UserError(f'{name} must be {what}, not {value!r}.')

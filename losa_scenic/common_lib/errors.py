@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-  """Bad input that the user can correct: the entry points print it as one message, without a traceback."""
+  """Bad input that the user can correct: entry points print it as one message, no traceback."""
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:

@@ -1,7 +1,7 @@
 """Image classification with an adapted backbone, behind Scenic's model contract.
 
-The contract: `build_flax_model`, `loss_function`, `get_metrics_fn(_jit)`, `default_flax_model_config`
-and the attributes `config`, `dataset_meta_data`, `flax_model`.
+The contract: `build_flax_model`, `loss_function`, `get_metrics_fn(_jit)`,
+`default_flax_model_config` and the attributes `config`, `dataset_meta_data`, `flax_model`.
 """
 
 import functools
@@ -156,7 +156,7 @@ def _replace(trainable: Params, stored: Mapping[str, Any]) -> dict[str, Any]:
   return trees.unflatten({path: stored.get(path, leaf) for path, leaf in flat.items()})
 
 
-def _cross_entropy(logits: Array, label: Array, smoothing: float) -> Float[Array, 'b']:
+def _cross_entropy(logits: Array, label: Array, smoothing: float) -> Float[Array, ' b']:
   target = label if label.ndim == 2 else jax.nn.one_hot(label, logits.shape[-1])
   return optax.softmax_cross_entropy(logits, optax.smooth_labels(target, smoothing))
 
@@ -177,7 +177,7 @@ def classification_metrics(
   """
   label, mask = batch['label'], batch['batch_mask']
   ids = label if label.ndim == 1 else label.argmax(-1)
-  correct = (logits.argmax(-1) == ids) * mask
+  correct = jnp.where(logits.argmax(-1) == ids, mask, 0.0)
   metrics = {
     'accuracy': (correct.sum(), mask.sum()),
     'loss': ((_cross_entropy(logits, label, 0.0) * mask).sum(), mask.sum()),

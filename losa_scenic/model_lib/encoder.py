@@ -145,7 +145,7 @@ class Encoder(nn.Module):
     Returns:
       The last layer's output and {name: collected or recorded values, indexable by layer}.
     """
-    sites.check(self.collect)
+    sites.check_layer_sites(self.collect)
     # prevent_cse is only needed outside a scan.
     body = nn.remat(Layer, prevent_cse=not self.scan) if self.remat else Layer
     make = functools.partial(body, self.spec, self.inserts, self.collect, ctx, dtype=self.dtype)

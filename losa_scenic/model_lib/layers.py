@@ -39,10 +39,13 @@ def attention(
   q: Float[Array, 'b n d'], k: Float[Array, 'b m d'], v: Float[Array, 'b m d'], heads: int
 ) -> Float[Array, 'b n d']:
   """softmax(q k^T / sqrt(d / heads)) v, per head; the softmax is computed in float32."""
+  dtype = q.dtype
+  if dtype == jnp.float16:  # On CPU XLA has no product of float16 matrices with float32 sums.
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   y = jax.nn.dot_product_attention(
     split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
   )
-  return y.reshape(q.shape)
+  return y.reshape(q.shape).astype(dtype)
 
 
 class PatchEmbed(nn.Module):

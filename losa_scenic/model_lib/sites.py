@@ -96,6 +96,12 @@ def check(names: Mapping[str, object] | tuple[str, ...]) -> None:
     errors.one_of('site', name, MODEL_SITES + LAYER_SITES)
 
 
+def check_layer_sites(names: tuple[str, ...]) -> None:
+  """Raises `UserError` for a name that is no site of a layer: only their outputs are collected."""
+  for name in names:
+    errors.one_of('layer site', name, LAYER_SITES)
+
+
 def split(inserts: Inserts) -> tuple[dict[str, MakeInsert], dict[str, MakeInsert]]:
   """The inserts of the model's own sites, and those of every layer's sites."""
   check(inserts)

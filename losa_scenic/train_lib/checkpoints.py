@@ -1,12 +1,19 @@
-"""Checkpoints of a run: trainable parameters, optimizer, step, rng and data position. Nothing frozen.
+"""Checkpoints of a run: trainable parameters, optimizer, step, rng, data position; nothing frozen.
 
 `<workdir>/checkpoints/last/<step>` and `.../best/<step>` are orbax checkpoints, written
 asynchronously and renamed into place, so that a kill at any moment leaves the previous one. Beside
-the state each holds a JSON object with the identity of the backbone, the method and a table of all
-leaves; both are compared before a restore, because orbax casts other dtypes silently.
+the state each holds a JSON object with the identity of backbone, method and data, a table of all
+leaves and a checksum. They are compared in a restore, because orbax casts other dtypes silently and
+does not notice a flipped bit.
 """
 
+import contextlib
+import gc
+import io
 import pathlib
+import sys
+import time
+import zlib
 from typing import Any
 
 import jax
@@ -57,6 +64,8 @@ class Checkpoints:
       )
       for name, n in (('last', keep), ('best', 1))
     )
+    if self.latest_step() is None:
+      self._forget_best_after(-1)
 
   def latest_step(self) -> int | None:
     """Steps done at the newest checkpoint, or None if there is none."""
@@ -88,12 +97,13 @@ class Checkpoints:
       'data_position': int(state.global_step),
       **self.identity,
       'leaves': trees.describe(tree),
+      'crc32': _checksum(tree),
       **extra,
     }
     return ocp.args.Composite(state=ocp.args.StandardSave(tree), meta=ocp.args.JsonSave(meta))
 
   def _meta(self, manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    return manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))['meta']
+    return _read(manager, step, 'meta', ocp.args.JsonRestore())
 
   def restore(self, like: TrainState) -> TrainState:
     """The newest checkpoint.
@@ -110,10 +120,7 @@ class Checkpoints:
       raise ValueError('There is no checkpoint.')
     where = self._last.directory / str(step)
     tree = _to_tree(like)
-    try:
-      meta = self._meta(self._last, step)
-    except Exception as e:  # Orbax and TensorStore raise many types for one damaged file.
-      raise errors.UserError(f'Checkpoint {where} is damaged: {_first_line(e)}') from e
+    meta = self._meta(self._last, step)
     if meta.get('format_version') != FORMAT_VERSION:
       raise errors.UserError(
         f'Checkpoint {where} has format {meta.get("format_version")}, not {FORMAT_VERSION}.'
@@ -128,12 +135,9 @@ class Checkpoints:
     if lines:
       raise errors.UserError('\n  '.join([f'Checkpoint {where} has other leaves:', *lines]))
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-    try:
-      restored = self._last.restore(
-        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-      )['state']
-    except Exception as e:
-      raise errors.UserError(f'Checkpoint {where} is damaged: {_first_line(e)}') from e
+    restored = _read(self._last, step, 'state', ocp.args.StandardRestore(abstract))
+    if _checksum(restored) != meta['crc32']:
+      raise _damaged(where, 'its checksum is not the one that was saved.')
     self._forget_best_after(step)
     return _from_tree(restored, like)
 
@@ -156,6 +160,38 @@ def _paths(value: Any, prefix: str = '') -> dict[str, list]:
       table |= _paths(item, f'{prefix}{key}.')
     return table
   return {prefix.rstrip('.'): np.atleast_1d(np.asarray(value, dtype=object)).tolist()}
+
+
+def _read(manager: ocp.CheckpointManager, step: int, item: str, args: Any) -> Any:
+  """One item of a checkpoint. Raises `UserError` if it cannot be read."""
+  printed, problem = io.StringIO(), None
+  # When one array cannot be read, the threads that read the others print a traceback each.
+  with contextlib.redirect_stderr(printed):
+    try:
+      value = manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+    except Exception as e:  # Orbax and TensorStore raise many types for one damaged file.
+      problem = _first_line(e)
+    if problem is not None:
+      gc.collect()
+      time.sleep(0.5)
+  if problem is None:
+    sys.stderr.write(printed.getvalue())
+    return value
+  raise _damaged(manager.directory / str(step), problem)
+
+
+def _damaged(where: Any, problem: str) -> errors.UserError:
+  return errors.UserError(
+    f'Checkpoint {where} is damaged: {problem}\n'
+    'Delete that folder to continue from the checkpoint before it, or choose another --workdir.'
+  )
+
+
+def _checksum(tree: dict[str, Any]) -> int:
+  value = 0
+  for _, leaf in sorted(trees.flatten(tree).items()):
+    value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), value)
+  return value
 
 
 def _first_line(e: BaseException) -> str:

@@ -1,25 +1,22 @@
 """Evaluation of a split, exact in spite of padded batches, with a picture of the predictions."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.train_lib import metrics, sharding
+from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
-
-if TYPE_CHECKING:
-  from losa_scenic.train_lib.trainer import Program
 
 _SHOWN = 24  # images in the picture
 
 
 def evaluate(
-  program: 'Program',
+  program: Program,
   state: TrainState,
   dataset: dataset_utils.Dataset,
   split: str,
@@ -93,6 +90,7 @@ def prediction_grid(
   rows = -(-len(inputs) // columns)
   canvas = Image.new('RGB', (columns * cell, rows * (cell + caption)), 'white')
   draw = ImageDraw.Draw(canvas)
+  draw.font = ImageFont.load_default(11)
   for i, pixels in enumerate(inputs):
     if pixels.dtype != np.uint8:
       pixels = np.clip((pixels + 1) * 127.5, 0, 255).astype(np.uint8)
@@ -103,11 +101,17 @@ def prediction_grid(
     right = predictions[i] == labels[i]
     color = (0, 120, 0) if right else (190, 0, 0)
     draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=color, width=2)
-    draw.text((x + 4, y + cell), _short(class_names[predictions[i]]), fill=color)
+    draw.text((x + 4, y + cell), _fitting(draw, class_names[predictions[i]], cell - 8), fill=color)
     if not right:
-      draw.text((x + 4, y + cell + 13), f'is {_short(class_names[labels[i]])}', fill=(60, 60, 60))
+      truth = _fitting(draw, f'true: {class_names[labels[i]]}', cell - 8)
+      draw.text((x + 4, y + cell + 13), truth, fill=(60, 60, 60))
   return np.asarray(canvas)
 
 
-def _short(name: str, limit: int = 18) -> str:
-  return name if len(name) <= limit else name[: limit - 1] + '.'
+def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
+  """The text, cut so that it is at most `width` pixels wide."""
+  if draw.textlength(text) <= width:
+    return text
+  while text and draw.textlength(f'{text}...') > width:
+    text = text[:-1]
+  return f'{text}...'

@@ -3,7 +3,8 @@
 'constant*linear_warmup*cosine_decay' with base_learning_rate, warmup_steps and total_steps.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,7 @@ def compound(
       value = jnp.where(step >= event, value * factor, value)
     return value
 
-  known: dict[str, Callable[[jax.Array], jax.Array]] = {
+  table: dict[str, Callable[[jax.Array], jax.Array]] = {
     'constant': lambda step: jnp.float32(base_learning_rate),
     'linear_warmup': lambda step: (
       warmup_alpha + jnp.minimum(1.0, step / max(warmup_steps, 1)) * (1 - warmup_alpha)
@@ -88,20 +89,38 @@ def compound(
     'linear_decay': linear,
     'piecewise_constant': piecewise,
   }
-  names = [name.strip() for name in factors.split('*')]
-  for name in names:
-    errors.one_of('learning rate factor', name, known)
+  names = _factor_names(factors)
 
   def schedule(step: jax.typing.ArrayLike) -> jax.Array:
     step, value = jnp.asarray(step, jnp.float32), jnp.float32(1.0)
     for name in names:
-      value = value * known[name](step)
+      value = value * table[name](step)
     return jnp.asarray(value, jnp.float32)
 
   return schedule
 
 
 SCHEDULES = {'compound': compound}
+FACTORS = ('constant', 'linear_warmup', 'cosine_decay', 'linear_decay', 'piecewise_constant')
+
+
+def _factor_names(factors: str) -> list[str]:
+  return [
+    errors.one_of('learning rate factor', name.strip(), FACTORS) for name in factors.split('*')
+  ]
+
+
+def check(block: Mapping[str, Any]) -> None:
+  """Raises `UserError` for an unknown schedule, option or factor of a `lr_configs` block."""
+  block = dict(block)
+  schedule = SCHEDULES[
+    errors.one_of(
+      'learning_rate_schedule', block.pop('learning_rate_schedule', 'compound'), SCHEDULES
+    )
+  ]
+  for key in block:
+    errors.one_of('option of the schedule', key, config_lib.options(schedule))
+  _factor_names(block.get('factors', 'constant'))
 
 
 def get_learning_rate_fn(config: ml_collections.ConfigDict, total_steps: int) -> Schedule:

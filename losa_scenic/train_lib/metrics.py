@@ -1,10 +1,12 @@
 """Adding up metrics that come as {name: (sum, normalizer)}."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
+from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Metrics
 
 
@@ -26,3 +28,20 @@ def normalize(total: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, f
     occurs = weight > 0
     values[name] = float((value[occurs] / weight[occurs]).mean()) if occurs.any() else float('nan')
   return values
+
+
+def check_finite(values: Sequence[Mapping[str, Any]], step: int) -> None:
+  """Raises `UserError`, naming the step, if a loss or a norm is not finite.
+
+  Args:
+    values: metrics of the steps up to `step`, one after another, as `steps.train_step` makes them.
+    step: the last of them.
+  """
+  for number, one in enumerate(values, start=step - len(values) + 1):
+    for name in ('loss', 'l2_grads', 'l2_params'):
+      if not np.isfinite(one[name][0]):
+        raise errors.UserError(
+          f'{name} is {one[name][0]} at step {number}: training has diverged. The checkpoints '
+          'before it are kept. Lower the learning rate, clip gradients (max_grad_norm), or check '
+          'the data; then use another --workdir.'
+        )

@@ -1,5 +1,6 @@
 """What a person sees while a run goes on: a bar on a terminal, a line now and then elsewhere."""
 
+import datetime
 import sys
 import time
 from collections.abc import Mapping
@@ -26,26 +27,31 @@ class Progress:
         total=total, initial=start, unit='step', dynamic_ncols=True, file=sys.stderr
       )
 
-  def step(self, step: int) -> None:
-    """Step `step` (1-based) is done."""
+  def step(self) -> None:
+    """One more step is done."""
     if self._since is not None:
       self._steps += 1
     if self._bar is not None:
       self._bar.update(1)
-      return
+
+  def show(self, step: int) -> None:
+    """Without a terminal: prints a line if the last is old, or `step` the end."""
     now = time.monotonic()
-    if now - self._last_line >= self._every or step == self._total:
+    old = now - self._last_line >= self._every and self._steps
+    if self._bar is None and (old or step == self._total):
       self._last_line = now
-      left = (self._total - step) / self.steps_per_second if self.steps_per_second else 0
+      left = (self._total - step) / self.steps_per_second if self._steps else 0
       self.say(
-        f'step {step}/{self._total}  loss {self._loss}  '
-        f'{self.images_per_second:.0f} images/s  {time.strftime("%H:%M:%S", time.gmtime(left))} left'
+        f'step {step}/{self._total}  loss {self._loss}  {self.images_per_second:.0f} images/s  '
+        f'{datetime.timedelta(seconds=round(left))} left'
       )
 
   def run(self) -> None:
-    """Training goes on: the clock of the speed runs. Called after the first, compiling, step too."""
+    """Training goes on: the clock of the speed runs. Called after the compiling step too."""
     if self._since is None:
       self._since = time.monotonic()
+      if not self._steps:
+        self._last_line = self._since
 
   def pause(self) -> None:
     """Something else than training begins."""
@@ -78,7 +84,8 @@ class Progress:
     return self.steps_per_second * self._batch_size
 
   def close(self) -> None:
-    """Ends the bar."""
+    """Ends the bar and the clock."""
+    self.pause()
     if self._bar is not None:
       self._bar.close()
 

@@ -5,6 +5,7 @@ locked, so a misspelt field is an error at once. None means 'not given'.
 """
 
 import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -13,6 +14,7 @@ from ml_collections import config_dict
 from losa_scenic.adapt_lib import methods
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
+from losa_scenic.train_lib import lr_schedules, optimizers
 
 
 def _options(**types: type) -> ml_collections.ConfigDict:
@@ -30,6 +32,7 @@ def default_config() -> ml_collections.ConfigDict:
   c.data_dtype_str = 'uint8'  # or 'float32': scaled to [-1, 1] on the host
   c.dataset_configs = _options(
     path=str,  # image_folder, image_pack
+    max_gigabytes=float,  # image_pack: more memory for the decoded images is refused
     train_split=str,  # 'train' or 'trainval'
     metric=str,  # 'accuracy' or 'per_class'
     image_size=int,  # the backbone's if None
@@ -55,7 +58,7 @@ def default_config() -> ml_collections.ConfigDict:
 
   # Model.
   c.model_name = 'classification'
-  c.backbone = 'vit_ti8_tin120'  # packaged name, NAME.json or .safetensors, or a preset 'S/16'
+  c.backbone = 'vit_mi8_tin120'  # packaged name, NAME.json or .safetensors, or a preset 'S/16'
   c.backbone_configs = _options(pool=str, image_size=int, gelu=str, class_token=bool)
   c.random_backbone = False  # allow freezing a preset's random weights
   c.method = 'losa'
@@ -105,6 +108,7 @@ def default_config() -> ml_collections.ConfigDict:
   # Logging, evaluation, checkpoints: in steps; None = once an epoch.
   c.log_summary_steps = 50
   c.log_eval_steps = config_dict.placeholder(int)
+  c.evaluate_test = True  # False while choosing hyper-parameters: the test split stays unseen
   c.checkpoint = True
   c.checkpoint_steps = config_dict.placeholder(int)
   c.max_checkpoint_keep = 2
@@ -123,16 +127,37 @@ MAY_CHANGE = (
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises `UserError` for a key nobody knows or a value no run can have."""
-  config_lib.check_keys(config, default_config())
+  """Raises `UserError` for a key nobody knows or a value no run can have.
+
+  Names of functions and their options are looked up here, so that a misspelt one is an error before
+  any data is read.
+  """
+  schema = default_config()
+  config_lib.check_keys(config, schema)
+  config_lib.check_types(config, schema)
   errors.one_of('method', config.method, methods.METHODS)
+  _check_options('method', methods.METHODS, config.method, method_options(config))
+  _check_options(
+    'optimizer',
+    optimizers.OPTIMIZERS,
+    config.optimizer,
+    config_lib.to_dict(config.optimizer_configs),
+  )
+  lr_schedules.check(config_lib.to_dict(config.lr_configs))
   for field in ('batch_size', 'log_summary_steps', 'max_checkpoint_keep'):
     _at_least(field, config[field], 1)
   for field in ('eval_batch_size', 'log_eval_steps', 'checkpoint_steps', 'num_training_steps'):
     if config[field] is not None:
       _at_least(field, config[field], 1)
-  if config.num_training_steps is None and config.num_training_epochs is None:
-    raise errors.UserError('Give num_training_steps or num_training_epochs.')
+  if config.num_training_steps is None:
+    if config.num_training_epochs is None:
+      raise errors.UserError('Give num_training_steps or num_training_epochs.')
+    _above('num_training_epochs', config.num_training_epochs, 0)
+  if config.max_grad_norm is not None:
+    _above('max_grad_norm', config.max_grad_norm, 0)
+  if config.shuffle_seed is not None:
+    _at_least('shuffle_seed', config.shuffle_seed, 0)
+  _at_least('rng_seed', config.rng_seed, 0)
   augment = config.augment
   if not 0 < augment.min_crop_area <= 1:
     raise errors.UserError(f'augment.min_crop_area must be in (0, 1]: {augment.min_crop_area}.')
@@ -168,7 +193,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     config.shuffle_seed = config.rng_seed
   if config.eval_batch_size is None:
     config.eval_batch_size = config.batch_size
-  if config.lr_configs.base_learning_rate is None:
+  if config.lr_configs.get('base_learning_rate') is None:
     config.lr_configs.base_learning_rate = config.method_learning_rates.get(config.method)
   if config.lr_configs.base_learning_rate is None:
     raise errors.UserError(
@@ -193,6 +218,20 @@ def number_of_steps(config: ml_collections.ConfigDict, num_train_examples: int) 
 def _at_least(field: str, value: float, low: float) -> None:
   if value < low:
     raise errors.UserError(f'{field} must be at least {low}, got {value}.')
+
+
+def _above(field: str, value: float, low: float) -> None:
+  if not value > low:
+    raise errors.UserError(f'{field} must be above {low}, got {value}.')
+
+
+def _check_options(
+  kind: str, table: Mapping[str, Callable[..., Any]], name: str, given: Mapping[str, Any]
+) -> None:
+  known = config_lib.options(table[errors.one_of(kind, name, table)])
+  for key in given:
+    if key not in known:
+      raise errors.unknown(f"option of {kind} '{name}'", key, known)
 
 
 def method_options(config: ml_collections.ConfigDict) -> dict[str, Any]:

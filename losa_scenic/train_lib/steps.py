@@ -64,9 +64,9 @@ def train_step(
   one = jnp.ones((), jnp.float32)
   metrics = dict(metrics_fn(logits, batch))
   metrics['loss'] = (loss, one)
-  metrics['l2_grads'] = (optax.global_norm(grads), one)
-  metrics['l2_updates'] = (optax.global_norm(updates), one)
-  metrics['l2_params'] = (optax.global_norm(trainable), one)
+  metrics['l2_grads'] = (optax.tree.norm(grads), one)
+  metrics['l2_updates'] = (optax.tree.norm(updates), one)
+  metrics['l2_params'] = (optax.tree.norm(trainable), one)
   return state.replace(
     global_step=state.global_step + 1, trainable=trainable, opt_state=opt_state
   ), metrics

@@ -3,7 +3,7 @@
 import pathlib
 import platform
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import flax
 import jax
@@ -16,10 +16,8 @@ from losa_scenic.common_lib.types import Params
 from losa_scenic.model_lib import checkpoints, encoder
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import progress
+from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
-
-if TYPE_CHECKING:
-  from losa_scenic.train_lib.trainer import Program
 
 
 def content(
@@ -34,12 +32,14 @@ def content(
 ) -> dict[str, Any]:
   """The content of summary.json.
 
-  Accuracies are in [0, 1]; parameter counts are scalars; `trainable_params` leaves out the
-  classifier, whose count is `head_params`; `train_images_per_second` covers this process's steps
-  without compilation and evaluation, and is null if it trained fewer than two.
+  Accuracies are in [0, 1], `test_accuracy` null if the test split was left out; parameter counts
+  are scalars; `trainable_params` leaves out the classifier, whose count is `head_params`;
+  `train_images_per_second` covers this process's steps without compilation and evaluation, and is
+  null if it trained fewer than two.
   """
   rest, head = split_head(state.trainable)
   return {
+    'test_accuracy': None,
     **evaluation,
     'trainable_params': trees.count(rest),
     'head_params': trees.count(head),
@@ -72,11 +72,12 @@ def _dataset(config: ml_collections.ConfigDict) -> str:
 def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
   """The summary as a few lines for people."""
   rate = summary['train_images_per_second']
-  percent = f'{100 * summary["test_accuracy"]:.2f} %'
+  split = 'test' if summary['test_accuracy'] is not None else 'valid'
+  percent = f'{100 * summary[f"{split}_accuracy"]:.2f} %'
   if summary['metric'] == 'per_class':
     percent += ' (mean over classes)'
   rows = {
-    'test accuracy': percent,
+    f'{split} accuracy': percent,
     'trained parameters': f'{summary["trainable_params"]:,} (without the head)',
     '  with the head': f'{summary["trainable_params"] + summary["head_params"]:,}',
     'frozen parameters': f'{summary["frozen_params"]:,}',
@@ -90,7 +91,7 @@ def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
 
 
 def export_backbone(
-  program: 'Program',
+  program: Program,
   state: TrainState,
   config: ml_collections.ConfigDict,
   evaluation: Mapping[str, float],
@@ -98,8 +99,15 @@ def export_backbone(
   """Writes the tuned backbone, without classifier, where `config.export_backbone` says."""
   params = combine(jax.device_get(state.trainable), jax.device_get(program.frozen))[BACKBONE]
   stacked = params if program.model.flax_model.scan else encoder.stack_layers(params)
+  recipe = config.to_dict()
+  # The card travels with the weights: names of files, not where they lay on this machine.
+  if recipe['dataset_configs'].get('path'):
+    recipe['dataset_configs']['path'] = pathlib.Path(recipe['dataset_configs']['path']).name
+  recipe['backbone'] = (
+    pathlib.Path(recipe['backbone']).name if '.' in config.backbone else config.backbone
+  )
   card = {
-    'config': config.to_dict(),
+    'config': recipe,
     'dataset': _dataset(config),
     'num_steps': int(state.global_step),
     'seed': config.rng_seed,

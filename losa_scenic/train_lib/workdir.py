@@ -52,11 +52,14 @@ def check_same_run(
 ) -> None:
   """Compares the config with the one that a former run wrote into the workdir, if any.
 
+  A former run that left neither a checkpoint nor a summary is not in the way.
+
   Raises:
     errors.UserError: naming the fields that differ, other than those in `may_change`.
   """
   path = workdir / 'config.json'
-  if not path.exists():
+  saved = any(folder.name.isdigit() for folder in workdir.glob('checkpoints/last/*'))
+  if not path.exists() or not (saved or (workdir / 'summary.json').exists()):
     return
   try:
     former = json.loads(path.read_text())

@@ -7,6 +7,7 @@ write_hparams, flush, close), so a clu writer can be used in their place; `rewin
 import json
 import os
 import pathlib
+import time
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -81,7 +82,11 @@ class JsonLinesWriter:
 
 
 class TensorBoardWriter:
-  """TensorBoard event files through tensorboardX."""
+  """TensorBoard event files through tensorboardX.
+
+  Events are written by the calling thread: tensorboardX's own queue would lose those before a
+  checkpoint when the process is killed, and `flush` does not wait for it.
+  """
 
   def __init__(self, logdir: pathlib.Path):
     """The event file is created at the first write."""
@@ -89,12 +94,20 @@ class TensorBoardWriter:
     self._purge_step: int | None = None
     self._events = None
 
-  def _open(self):
-    if self._events is None:
-      import tensorboardX
+  def _add(self, step: int, **content: Any) -> None:
+    from tensorboardX import event_file_writer
+    from tensorboardX.proto import event_pb2
 
-      self._events = tensorboardX.SummaryWriter(str(self._logdir), purge_step=self._purge_step)
-    return self._events
+    if self._events is None:
+      self._logdir.mkdir(parents=True, exist_ok=True)
+      # TensorBoard reads files in the order of their names; no two may be the same.
+      self._events = event_file_writer.EventsWriter(
+        str(self._logdir / 'events'), filename_suffix=f'.{time.time_ns()}'
+      )
+      if self._purge_step is not None:
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._add(self._purge_step, session_log=start)
+    self._events.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
 
   def rewind(self, step: int) -> None:
     """Tells TensorBoard to forget events after `step`."""
@@ -102,21 +115,27 @@ class TensorBoardWriter:
     self._purge_step = step + 1
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    from tensorboardX import summary
+
     for name, value in scalars.items():
-      self._open().add_scalar(name, float(value), int(step))
+      self._add(int(step), summary=summary.scalar(name, float(value)))
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Images are uint8 or float in [0, 1], [n h w c]."""
+    from tensorboardX import summary
+
     for name, value in images.items():
-      self._open().add_images(name, np.asarray(value), int(step), dataformats='NHWC')
+      self._add(int(step), summary=summary.image(name, np.asarray(value), dataformats='NHWC'))
 
   def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+    from tensorboardX import summary
+
     for name, value in texts.items():
-      self._open().add_text(name, value, int(step))
+      self._add(int(step), summary=summary.text(name, value))
 
   def write_hparams(self, hparams: Mapping[str, Any]) -> None:
     rows = ''.join(f'| {k} | {v} |\n' for k, v in hparams.items())
-    self._open().add_text('hparams', f'| name | value |\n|---|---|\n{rows}', 0)
+    self.write_texts(0, {'hparams': f'| name | value |\n|---|---|\n{rows}'})
 
   def flush(self) -> None:
     if self._events is not None:

@@ -1,0 +1,52 @@
+"""Parameter counts by shape evaluation: nothing is allocated, whatever the size of the model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from losa_scenic.adapt_lib import methods
+from losa_scenic.adapt_lib.method import partition, split_head
+from losa_scenic.common_lib import trees
+from losa_scenic.model_lib import checkpoints
+from losa_scenic.model_lib.adapted import Adapted
+
+
+def count(
+  backbone: str,
+  method: str,
+  options: Mapping[str, Any] | None = None,
+  backbone_options: Mapping[str, Any] | None = None,
+  num_classes: int = 1000,
+) -> dict[str, Any]:
+  """Counts the parameters of an adapted model.
+
+  Args:
+    backbone: a preset such as 'g/14', a packaged backbone, or a backbone file.
+    method: a key of `methods.METHODS`.
+    options: the method's options.
+    backbone_options: fields of the backbone to change, e.g. {'pool': 'gap'}.
+    num_classes: width of the classifier, which only `head_params` counts.
+
+  Returns:
+    {'trainable_params' (without the classifier), 'frozen_params', 'head_params', 'backbone_params'
+    (the plain backbone's), 'tokens' and what was asked for}.
+
+  Raises:
+    errors.UserError: for unknown names or values out of range.
+  """
+  spec = checkpoints.find(backbone, backbone_options).spec
+  built = methods.build(method, spec, options)
+  shapes = Adapted(spec, built, num_classes, scan=True).param_shapes()
+  trainable, frozen = partition(shapes, built)
+  rest, head = split_head(trainable)
+  plain = Adapted(spec, methods.build('linear', spec), num_classes, scan=True).param_shapes()
+  return {
+    'backbone': backbone,
+    'method': method,
+    'set': dict(options or {}),
+    'trainable_params': trees.count(rest),
+    'frozen_params': trees.count(frozen),
+    'head_params': trees.count(head),
+    'backbone_params': trees.count(plain['backbone']),
+    'pool': spec.pool,
+    'tokens': spec.tokens,
+  }

@@ -1,0 +1,102 @@
+"""All that stays fixed during a run: the model, the devices, the frozen weights, compiled steps."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_collections
+
+from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Array, Params
+from losa_scenic.dataset_lib import dataset_utils
+from losa_scenic.model_lib.classification_model import ClassificationModel
+from losa_scenic.train_lib import augment, lr_schedules, optimizers, run_config, sharding, steps
+from losa_scenic.train_lib.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+  """All that stays fixed during a run.
+
+  Attributes:
+    model: the model class's instance.
+    mesh: the devices.
+    frozen: frozen parameters, on the devices.
+    train_step: (state, frozen, batch) -> (state, metrics).
+    eval_step: (trainable, frozen, batch) -> (metrics, predictions).
+    learning_rate: step -> learning rate.
+    total_steps: length of the whole training.
+    steps_per_epoch: steps of one pass over the training split.
+  """
+
+  model: ClassificationModel
+  mesh: jax.sharding.Mesh
+  frozen: Params
+  train_step: Callable[..., tuple[TrainState, dict[str, Any]]]
+  eval_step: Callable[..., tuple[dict[str, Any], Array]]
+  learning_rate: lr_schedules.Schedule
+  total_steps: int
+  steps_per_epoch: int
+
+
+def build_program(
+  *,
+  rng: Array,
+  config: ml_collections.ConfigDict,
+  model_cls: type[ClassificationModel],
+  dataset: dataset_utils.Dataset,
+) -> tuple[Program, TrainState]:
+  """Makes the model, loads the backbone, prepares the steps; returns them with the first state."""
+  mesh = sharding.make_mesh()
+  sharding.check_batch_size('batch_size', config.batch_size, mesh)
+  sharding.check_batch_size('eval_batch_size', config.eval_batch_size, mesh)
+  model = model_cls(config, dataset.meta_data)
+  image_size = dataset.meta_data['input_shape'][1]
+  if image_size != model.backbone.spec.image_size:
+    raise errors.UserError(
+      f'Images are {image_size} pixels, but the position embedding of backbone '
+      f"'{config.backbone}' is for {model.backbone.spec.image_size}."
+    )
+  total_steps, steps_per_epoch = run_config.number_of_steps(
+    config, dataset.meta_data['num_train_examples']
+  )
+  learning_rate = lr_schedules.get_learning_rate_fn(config, total_steps)
+  tx = optimizers.get_optimizer(config, learning_rate)
+  init_rng, state_rng = jax.random.split(rng)
+  trainable, frozen = model.init_params(init_rng)
+  state = sharding.replicate(TrainState.create(trainable, tx, state_rng), mesh)
+  everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
+  train_step = functools.partial(
+    steps.train_step,
+    flax_model=model.flax_model,
+    loss_fn=model.loss_function,
+    metrics_fn=model.get_metrics_fn_jit('train'),
+    tx=tx,
+    augment=augment.make_augment(
+      config.augment, model.backbone.spec, dataset.meta_data['num_classes']
+    ),
+  )
+  eval_step = functools.partial(
+    steps.eval_step,
+    flax_model=model.flax_model,
+    metrics_fn=model.get_metrics_fn_jit('validation'),
+  )
+  return Program(
+    model=model,
+    mesh=mesh,
+    frozen=sharding.replicate(frozen, mesh),
+    train_step=jax.jit(
+      train_step,
+      in_shardings=(everywhere, everywhere, split),
+      out_shardings=everywhere,
+      donate_argnums=0,
+    ),
+    eval_step=jax.jit(
+      eval_step, in_shardings=(everywhere, everywhere, split), out_shardings=everywhere
+    ),
+    learning_rate=learning_rate,
+    total_steps=total_steps,
+    steps_per_epoch=steps_per_epoch,
+  ), state

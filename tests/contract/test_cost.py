@@ -1,0 +1,102 @@
+"""Cost of a train step by XLA's count: methods that spare the backbone only run it forward."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from losa_scenic.adapt_lib import methods
+from losa_scenic.bench_lib import cost
+from losa_scenic.model_lib import presets
+from losa_scenic.model_lib.adapted import Adapted
+
+BATCH = 8
+
+
+def tiny(method='losa', pool='cls', scan=False, **options):
+  spec = presets.preset('test/8', pool=pool)
+  return Adapted(spec, methods.build(method, spec, options), num_classes=5, scan=scan)
+
+
+def leaking(model):
+  """The model with one trained parameter at the very bottom of the backbone."""
+  method = dataclasses.replace(model.method, trains=lambda path: path == 'patch/proj/bias')
+  return model.clone(method=method)
+
+
+SPARING = [
+  ('linear', 'cls', {}),
+  ('losa', 'cls', {}),
+  ('losa', 'map', {'map_head_lora_rank': 4}),
+]
+
+
+def test_every_method_that_claims_to_spare_the_backbone_is_checked():
+  claims = {name for name in methods.METHODS if tiny(name).method.spares_backbone}
+  assert claims == {name for name, _, _ in SPARING}
+
+
+@pytest.mark.parametrize(('method', 'pool', 'options'), SPARING)
+def test_step_runs_the_encoder_forward_only(method, pool, options):
+  cost.check_spares_backbone(tiny(method, pool, **options), BATCH)
+
+
+def test_losa_on_vit_s16_costs_a_forward_pass_and_three_side_passes(record_property):
+  spec = presets.preset('S/16')
+  model = Adapted(spec, methods.build('losa', spec, {'rank': 16}), num_classes=10)
+  costs = cost.check_spares_backbone(model, batch_size=2)
+  ratio = (costs['step'] - costs['forward']) / costs['side']
+  record_property('training_passes_of_side_network', ratio)
+  print({name: f'{value / 1e9:.3f} GFLOP' for name, value in costs.items()}, f'ratio {ratio:.4f}')
+  assert 2.5 < ratio < 3.1
+  assert costs['step'] / (costs['forward'] + 3 * costs['side']) < 1.005
+  # 2 x 4.6 G multiply-adds per image (DeiT-S, Touvron et al. 2021, Table 5).
+  assert costs['forward'] == pytest.approx(2 * 2 * 4.6e9, rel=0.02)
+
+
+def test_backpropagation_through_the_encoder_is_noticed_by_operations():
+  with pytest.raises(AssertionError, match=r'backpropagates.*forward 0\.0\d+.*step 0\.0\d+'):
+    cost.check_operations(leaking(tiny()), BATCH)
+
+
+def test_backpropagation_through_the_encoder_is_noticed_by_residuals():
+  for check in (cost.check_residuals, cost.check_spares_backbone):
+    with pytest.raises(AssertionError, match=r'keeps activations.*\(8, 17, 64\)'):
+      check(leaking(tiny()), BATCH)
+
+
+@pytest.mark.parametrize('scan', [False, True])
+def test_residuals_of_losa_are_those_of_the_side_network(scan):
+  model = tiny(scan=scan, rank=4)
+  kept = cost.residuals(model, BATCH)
+  assert kept == cost.residuals_after_encoder(model, BATCH)
+  spec, tokens = model.spec, BATCH * model.spec.tokens
+  large = collections.Counter(shape for shape, _ in kept if len(shape) > 2 and shape[0] == BATCH)
+  # Of each of the 3 mixers b + y; of the last one also its output, which the final norm needs.
+  assert large[(BATCH, spec.tokens, spec.width)] + large[(BATCH, spec.width, spec.tokens)] <= 9
+  assert not [s for s in large if spec.mlp in s or len(s) > 3], 'a hidden or attention activation'
+  assert max(s[0] * s[1] * s[2] for s in large) == tokens * spec.width
+
+
+@pytest.mark.parametrize('execution', [{'dtype': jnp.bfloat16}, {'scan': True, 'remat': True}])
+def test_losa_spares_the_backbone_however_it_is_executed(execution):
+  model = tiny().clone(**execution)
+  cost.check_residuals(model, BATCH)
+  with pytest.raises(AssertionError, match='keeps activations'):
+    cost.check_residuals(leaking(model), BATCH)
+
+
+def test_full_fine_tuning_keeps_the_activations_of_every_block():
+  kept = collections.Counter(cost.residuals(tiny('full'), BATCH))
+  assert kept[((BATCH, 17, 64), 'float32')] >= 3, 'the hidden activations of the three MLPs'
+
+
+def test_flops_of_a_matrix_product():
+  a, b = (jax.ShapeDtypeStruct(shape, 'float32') for shape in ((8, 16), (16, 4)))
+  assert cost.flops(lambda x, y: x @ y, a, b) == pytest.approx(2 * 8 * 16 * 4, rel=0.1)
+
+
+def test_scan_is_unrolled_before_counting():
+  assert cost.side_forward_flops(tiny('linear', scan=True), 2) > 0

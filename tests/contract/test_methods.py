@@ -1,0 +1,237 @@
+"""The contract that every registered method keeps, on a tiny backbone."""
+
+import functools
+import inspect
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from losa_scenic.adapt_lib import methods
+from losa_scenic.adapt_lib.method import BACKBONE, combine, partition, split_head
+from losa_scenic.common_lib import config, trees
+from losa_scenic.model_lib import presets
+from losa_scenic.model_lib.adapted import Adapted
+from losa_scenic.model_lib.classification_model import ClassificationModel
+from losa_scenic.model_lib.vit import ViT
+from losa_scenic.train_lib import run_config, sharding, steps
+from losa_scenic.train_lib.checkpoints import Checkpoints
+from losa_scenic.train_lib.state import TrainState
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = json.loads((ROOT / 'tests' / 'golden' / 'param_counts.json').read_text())['rows']
+CLASSES = 5
+# (method, its options, `BackboneSpec` changes). A new method appears in the first list by itself.
+CASES = [
+  (name, {}, {'pool': pool}) for name in sorted(methods.METHODS) for pool in ('cls', 'map')
+] + [
+  ('losa', {}, {'pool': 'gap'}),
+  ('full', {'token_keep': 0.5}, {'pool': 'cls'}),
+  ('losa', {'adaptor': 'low_rank_mlp', 'num_layers': 2}, {'pool': 'gap', 'class_token': True}),
+  ('losa', {'activation': 'both', 'rank': 3}, {'pool': 'cls'}),
+  ('losa', {'y0': 'b_0', 'activation': 'mhsa'}, {'pool': 'cls'}),
+  ('losa', {'map_head_lora_rank': 2}, {'pool': 'map', 'class_token': True}),
+]
+IDS = ['-'.join([m, *map(str, (o | c).values())]) for m, o, c in CASES]
+every_case = pytest.mark.parametrize(('method', 'options', 'changes'), CASES, ids=IDS)
+one_case_per_method = pytest.mark.parametrize('method', sorted(methods.METHODS))
+
+
+def adapted(method, options=None, changes=None, **execution):
+  spec = presets.preset('test/8', **(changes or {}))
+  return Adapted(spec, methods.build(method, spec, options), CLASSES, **execution)
+
+
+def of_plain_backbone(params):
+  """The subtree of an adapted model's parameters that belongs to the plain backbone."""
+  flat = trees.flatten(params[BACKBONE])
+  plain = {p: v for p, v in flat.items() if not any(c.startswith('insert_') for c in p.split('/'))}
+  return trees.unflatten(plain)
+
+
+def count_without_head(model):
+  return trees.count(split_head(partition(model.param_shapes(), model.method)[0])[0])
+
+
+def train(model, trainable, frozen, batches, tx, mesh=None):
+  """The state after the real train step on each batch."""
+  classification = ClassificationModel(None, {'num_classes': CLASSES})
+  step = jax.jit(
+    functools.partial(
+      steps.train_step,
+      flax_model=model,
+      loss_fn=classification.loss_function,
+      metrics_fn=classification.get_metrics_fn_jit(),
+      tx=tx,
+    )
+  )
+  state = TrainState.create(trainable, tx, jax.random.key(1))
+  if mesh is not None:
+    state, frozen = sharding.replicate((state, frozen), mesh)
+    batches = [sharding.put(batch, mesh) for batch in batches]
+  for batch in batches:
+    state, _ = step(state, frozen, batch)
+  return state, frozen
+
+
+@pytest.fixture(scope='module')
+def trained(random_like, make_batch):
+  """`fn(method, options, changes)` -> (model, trainable, frozen before, state, frozen after)."""
+  done = {}
+
+  def run(method, options, changes):
+    key = json.dumps([method, options, changes])
+    if key not in done:
+      model = adapted(method, options, changes, scan=True)
+      trainable = model.init_trainable(jax.random.key(0))
+      frozen = partition(model.param_shapes(), model.method)[1]
+      before = jax.tree.map(np.asarray, (trainable, random_like(frozen)))
+      batches = [make_batch(4, seed=i) for i in range(3)]
+      tx = optax.adamw(1e-3, weight_decay=0.0)
+      frozen = jax.tree.map(jnp.asarray, before[1])
+      done[key] = (model, *before, *train(model, before[0], frozen, batches, tx))
+    return done[key]
+
+  return run
+
+
+@every_case
+def test_features_equal_the_frozen_models_at_init(
+  method, options, changes, random_like, make_batch
+):
+  model = adapted(method, options, changes, scan=True)
+  stored = random_like(of_plain_backbone(model.param_shapes()))
+  images = make_batch(2)['inputs']
+  flat = {f'{BACKBONE}/{path}': leaf for path, leaf in trees.flatten(stored).items()}
+
+  @jax.jit
+  def added(rng):
+    values = trees.flatten(model.init(rng, jnp.zeros(model.input_shape()))['params'])
+    return {path: leaf for path, leaf in values.items() if path not in flat}
+
+  params = trees.unflatten(flat | added(jax.random.key(0)))
+  ours = model.apply({'params': params}, images, method=model.features)
+  plain = ViT(model.spec, {}, scan=True).apply({'params': stored}, images)
+  same = np.array_equal(ours, plain)  # bit for bit
+  assert same == model.method.exact_at_init
+
+
+@every_case
+@pytest.mark.parametrize('scan', [False, True], ids=['unroll', 'scan'])
+def test_frozen_paths_and_shapes_are_the_plain_backbones_minus_what_trains(
+  method, options, changes, scan
+):
+  model = adapted(method, options, changes, scan=scan)
+  plain = ViT(model.spec, {}, scan=scan)
+  inputs = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
+  plain = trees.describe(jax.eval_shape(plain.init, jax.random.key(0), inputs)['params'])
+  trainable, frozen = partition(model.param_shapes(), model.method)
+  frozen = trees.describe(frozen.get(BACKBONE, {}))
+  ours = {p: v for p, v in plain.items() if model.method.trains(p)}
+  assert frozen == {p: v for p, v in plain.items() if p not in ours}
+  assert trees.describe(of_plain_backbone({BACKBONE: {}} | trainable)) == ours
+
+
+@pytest.mark.parametrize(
+  'row',
+  [row for row in GOLDEN if not row['backbone'].startswith('vivit')],
+  ids=lambda r: '-'.join([r['backbone'], r['method'], *map(str, r['set'].values())]),
+)
+def test_number_of_trainable_parameters(row):
+  spec = presets.preset(row['backbone'])
+  model = Adapted(spec, methods.build(row['method'], spec, row['set']), CLASSES, scan=True)
+  assert count_without_head(model) == row['trainable_params']
+
+
+@pytest.mark.parametrize('backbone', ['G/14', 'e/14'])
+def test_number_of_trainable_parameters_of_the_largest_backbones(backbone):
+  spec = presets.preset(backbone)
+  options = {'rank': 64, 'map_head_lora_rank': 32}
+  model = Adapted(spec, methods.build('losa', spec, options), CLASSES, scan=True)
+  d, n, pairs = spec.width, 256, spec.depth // 2
+  pair = (2 * d * 64 + 64 + d + 1) + (2 * n * 64 + 64 + n + 1)
+  assert count_without_head(model) == pairs * pair + 5 * 2 * 32 * d
+
+
+def test_every_method_has_a_known_parameter_count():
+  assert {row['method'] for row in GOLDEN} == set(methods.METHODS)
+
+
+@every_case
+def test_every_trainable_leaf_moves_within_three_steps(method, options, changes, trained):
+  _, before, _, state, _ = trained(method, options, changes)
+  before, after = trees.flatten(before), trees.flatten(state.trainable)
+  assert set(before) == set(after)
+  # A bias on all keys shifts each row of logits by a constant, which the softmax does not see.
+  ours = [path for path in before if not path.endswith('key/bias')]
+  still = [path for path in ours if np.array_equal(before[path], after[path])]
+  assert ours and not still
+  assert all(np.isfinite(leaf).all() for leaf in after.values())
+
+
+@every_case
+def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(method, options, changes, trained):
+  _, before, frozen_before, state, frozen = trained(method, options, changes)
+  assert trees.digest(frozen) == trees.digest(frozen_before)
+  moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim or leaf.size > 1]
+  scalars = [leaf for leaf in jax.tree.leaves(before) if not leaf.ndim]
+  assert sorted(moments) == sorted(
+    2 * [leaf.shape for leaf in jax.tree.leaves(before) if leaf.ndim]
+  )
+  others = len(jax.tree.leaves(state.opt_state)) - len(moments) - 2 * len(scalars)
+  assert 1 <= others <= 2, 'step counters'
+
+
+@one_case_per_method
+def test_checkpoint_round_trip_holds_no_backbone(method, tmp_path, random_like, make_batch):
+  model = adapted(method, changes={'mlp': 4096}, scan=True)
+  trainable, frozen = random_like(partition(model.param_shapes(), model.method))
+  tx, images = optax.adamw(1e-3), make_batch(2)['inputs']
+  state = TrainState.create(jax.tree.map(jnp.asarray, trainable), tx, jax.random.key(0))
+  writer = Checkpoints(tmp_path, {'backbone': 'test/8', 'method': method})
+  writer.save(state)
+  writer.close()
+  reader = Checkpoints(tmp_path, {'backbone': 'test/8', 'method': method})
+  like = TrainState.create(jax.tree.map(jnp.zeros_like, state.trainable), tx, jax.random.key(9))
+  restored = reader.restore(like)
+  reader.close()
+  logits = [
+    model.apply({'params': combine(tree, frozen)}, images)
+    for tree in (trainable, restored.trainable)
+  ]
+  assert np.array_equal(*logits) and np.ptp(logits[0]) > 0
+  size = sum(path.stat().st_size for path in tmp_path.rglob('*') if path.is_file())
+  overhead = 200_000  # JSON of orbax
+  assert size < 3 * 4 * trees.count(trainable) + overhead
+  if trees.count(frozen):
+    assert size < 4 * trees.count(frozen) / 4, 'the test could not tell if the backbone were in it'
+
+
+@one_case_per_method
+def test_one_device_equals_two(method, random_like, make_batch):
+  model = adapted(method, {'rank': 2} if method == 'losa' else {}, scan=True)
+  trainable, frozen = random_like(partition(model.param_shapes(), model.method))
+  # SGD, because Adam turns the rounding of a gradient that should be 0 into a step of full size.
+  tx, batches = optax.sgd(1e-2), [make_batch(4, seed=i) for i in range(3)]
+  states = []
+  for n in (1, 2):
+    mesh = jax.sharding.Mesh(np.asarray(jax.devices('cpu')[:n]), ('data',))
+    assert mesh.size == n
+    states.append(train(model, trainable, frozen, batches, tx, mesh)[0].trainable)
+  for one, two, start in zip(*map(jax.tree.leaves, (*states, trainable)), strict=True):
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    assert one.shape == start.shape
+
+
+@one_case_per_method
+def test_method_is_registered_in_config_and_readme(method):
+  build = methods.METHODS[method]
+  block = run_config.default_config().method_configs[method]
+  assert set(block) == config.options(build), 'method_configs and the options of the method'
+  assert method in run_config.default_config().method_learning_rates
+  assert f'`{method}`' in (ROOT / 'README.md').read_text()
+  assert inspect.getdoc(build), 'a docstring names the options'

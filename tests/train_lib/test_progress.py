@@ -1,0 +1,98 @@
+"""What a person sees: a line now and then in a log file, a bar on a terminal."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+from losa_scenic.train_lib import progress
+
+SCRIPT = """
+import time
+from losa_scenic.train_lib import progress
+bar = progress.Progress(2, 6, batch_size=8)
+for step in range(3, 7):
+  time.sleep(0.15)
+  bar.step()
+  bar.run()
+  bar.loss(0.5)
+  bar.show(step)
+bar.say('a message')
+bar.close()
+"""
+
+
+def test_lines_without_a_terminal(capsys, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+  bar = progress.Progress(0, 4000, batch_size=8, seconds_between_lines=5.0)
+  for step in range(1, 13):
+    now[0] += 60.0 if step == 1 else 1.0  # The first step compiles.
+    bar.step()
+    bar.run()
+    bar.loss(1 / step)
+    bar.show(step)
+  printed = capsys.readouterr().err.splitlines()
+  assert printed == [
+    'step 6/4000  loss 0.1667  8 images/s  1:06:34 left',
+    'step 11/4000  loss 0.0909  8 images/s  1:06:29 left',
+  ]
+
+
+def test_the_last_line_comes_always(capsys):
+  bar = progress.Progress(0, 1, batch_size=8)
+  bar.step()
+  bar.run()
+  bar.loss(0.25)
+  bar.show(1)
+  assert capsys.readouterr().err == 'step 1/1  loss 0.2500  0 images/s  0:00:00 left\n'
+
+
+def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+  bar = progress.Progress(0, 10, batch_size=8)
+  assert bar.images_per_second == 0
+  for seconds in (50.0, 2.0, 2.0):
+    now[0] += seconds
+    bar.step()
+    bar.run()
+  bar.pause()
+  now[0] += 100.0  # An evaluation.
+  bar.run()
+  now[0] += 4.0
+  bar.step()
+  assert bar.images_per_second == 8 * 3 / 8.0
+  bar.close()
+  now[0] += 100.0
+  assert bar.images_per_second == 8 * 3 / 8.0
+
+
+def test_a_bar_on_a_terminal():
+  master, slave = pty.openpty()
+  fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('4H', 24, 120, 0, 0))
+  with subprocess.Popen([sys.executable, '-c', SCRIPT], stdout=slave, stderr=slave) as process:
+    os.close(slave)
+    shown = b''
+    while True:
+      try:
+        chunk = os.read(master, 4096)
+      except OSError:  # Linux: the other end is closed.
+        break
+      if not chunk:
+        break
+      shown += chunk
+  os.close(master)
+  text = shown.decode()
+  assert process.returncode == 0, text
+  assert 'a message' in text
+  assert re.search(r'100%\|.*\| 6/6 .*loss 0\.5000, \d+ images/s', text), text
+  assert '\r' in text
+
+
+def test_table_is_aligned():
+  assert progress.table('title', {'a': 1, 'long': 'x'}) == 'title\n  a     1\n  long  x'
