@@ -9,12 +9,11 @@ Training sees 30 % of the patch tokens of every image (PatchDropout), which make
 times as fast on a CPU; evaluation sees all of them.
 """
 
-import ml_collections
-
+from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
   """The run."""
   config = run_config.default_config()
   config.dataset_name = 'image_pack'

@@ -5,12 +5,11 @@
 Try also --config.method=linear, --config.method=full, --config.dataset_name=sprites.
 """
 
-import ml_collections
-
+from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
   """The run."""
   config = run_config.default_config()
   config.dataset_name = 'digits'

@@ -12,6 +12,7 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import ml_collections
@@ -19,6 +20,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config, writers
 
 _HELP = """\
@@ -46,7 +48,7 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
     sys.exit(130)
 
 
-def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]:
+def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
   """The config with its overrides, checked, and the workdir.
 
   Raises:
@@ -69,7 +71,7 @@ def parse(argv: Sequence[str]) -> tuple[ml_collections.ConfigDict, pathlib.Path]
   sys.modules.pop('config_config', None)  # Else a second parse would see the first one's file.
   try:
     rest = values(list(argv))
-    config = values.config
+    config: Any = values.config
   except Exception as e:  # A config file is a program: it may raise anything.
     raise _as_user_error(e, path, argv) from e
   if len(rest) > 1:
@@ -94,7 +96,7 @@ def _config_path(argv: Sequence[str]) -> pathlib.Path | None:
   return None
 
 
-def default_workdir(name: str, config: ml_collections.ConfigDict) -> pathlib.Path:
+def default_workdir(name: str, config: Config) -> pathlib.Path:
   """runs/<name>/<method>-<dataset>-<hash of the config>: the same command, the same directory."""
   content = json.dumps(run_config.resolve(config).to_dict(), sort_keys=True)
   digest = hashlib.sha256(content.encode()).hexdigest()[:8]
@@ -158,7 +160,7 @@ def _describe(e: BaseException) -> str:
 
 
 def _all_keys() -> list[str]:
-  def walk(block: ml_collections.ConfigDict, prefix: str) -> list[str]:
+  def walk(block: Config, prefix: str) -> list[str]:
     keys = []
     for key in block:
       value = block[key]

@@ -1,6 +1,6 @@
 """Measures models and methods.
 
-  python -m losa_scenic.bench params --backbone=g/14 --method=losa --set rank=64
+python -m losa_scenic.bench params --backbone=g/14 --method=losa --set rank=64
 """
 
 import argparse
@@ -44,7 +44,7 @@ def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
     if not equals or not name:
       raise errors.UserError(f"--set takes NAME=VALUE, not '{pair}'.")
     if name in options:
-      raise errors.UserError(f"--set {name} is given twice.")
+      raise errors.UserError(f'--set {name} is given twice.')
     try:
       options[name] = ast.literal_eval(value)
     except (ValueError, SyntaxError):

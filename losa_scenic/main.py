@@ -8,19 +8,17 @@ Started again with the same command, a run that was interrupted continues from i
 import pathlib
 
 import jax
-import ml_collections
 
 from losa_scenic import app
 from losa_scenic.common_lib import config as config_lib
+from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import datasets
 from losa_scenic.model_lib import checkpoints, models
 from losa_scenic.train_lib import run_config, trainer
 from losa_scenic.train_lib.writers import Writer
 
 
-def main(
-  *, rng: jax.Array, config: ml_collections.ConfigDict, workdir: pathlib.Path, writer: Writer
-) -> None:
+def main(*, rng: jax.Array, config: Config, workdir: pathlib.Path, writer: Writer) -> None:
   """Config -> dataset, model class, trainer; and nothing else (Scenic's `main`)."""
   config = run_config.resolve(config)
   model_cls = models.get_model_cls(config.model_name)

@@ -34,7 +34,8 @@ def flops(fn: Callable[..., Any], *shapes: Any) -> float:
     fn: a function of arrays, without loops in it.
     *shapes: its arguments as `jax.ShapeDtypeStruct`s.
   """
-  return float(jax.jit(fn).lower(*shapes).compile().cost_analysis()['flops'])
+  analysis: Any = jax.jit(fn).lower(*shapes).compile().cost_analysis()
+  return float(analysis['flops'])
 
 
 def forward_flops(model: Adapted, batch_size: int) -> float:
@@ -90,7 +91,7 @@ def residuals_after_encoder(model: Adapted, batch_size: int) -> list[Residual]:
   """The same when the encoder's outputs come from outside: side network, pooling and head only."""
   inputs, params = _inputs(model, batch_size), model.param_shapes()
 
-  def encode(params: Params, inputs: Array) -> Encoded:
+  def encode(params: Params, inputs: Array) -> Any:
     return model.apply({'params': params}, inputs, method=lambda m, x: m.backbone.encode(x))
 
   return _residuals(model, batch_size, encoded=jax.eval_shape(encode, params, inputs))
@@ -179,7 +180,8 @@ def _residuals(model: Adapted, batch_size: int, encoded: Encoded | None) -> list
       variables = {'params': combine(trainable, frozen)}
       with nn.intercept_methods(given):
         rngs = {'dropout': jax.random.key(0)}
-        return _loss(model.apply(variables, batch['inputs'], train=True, rngs=rngs), batch)
+        logits: Any = model.apply(variables, batch['inputs'], train=True, rngs=rngs)
+        return _loss(logits, batch)
 
     return jax.vjp(loss, trainable)[1]
 

@@ -7,11 +7,12 @@ from typing import Any, TypeVar
 import ml_collections
 
 from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Config
 
 T = TypeVar('T')
 
 
-def to_dict(block: Mapping[str, Any] | ml_collections.ConfigDict | None) -> dict[str, Any]:
+def to_dict(block: Mapping[str, Any] | Config | None) -> dict[str, Any]:
   """A config block as a plain dict without the options left at None (= 'not given')."""
   if block is None:
     return {}
@@ -51,7 +52,7 @@ def build(
   return fn(*args, **given, **fixed)
 
 
-def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str = '') -> None:
+def check_keys(given: Any, known: Any, prefix: str = '') -> None:
   """Raises `UserError` for the first key of `given`, at any depth, that `known` does not have.
 
   A block that is empty in `known` accepts any keys: its consumer checks them through `build`.
@@ -64,9 +65,7 @@ def check_keys(given: Mapping[str, Any], known: Mapping[str, Any], prefix: str =
       check_keys(value, known[key], prefix=f'{prefix}{key}.')
 
 
-def check_types(
-  given: ml_collections.ConfigDict, schema: ml_collections.ConfigDict, prefix: str = ''
-) -> None:
+def check_types(given: Config, schema: Config, prefix: str = '') -> None:
   """Raises `UserError` for a field of `schema` that `given` lacks or holds a wrong type for.
 
   A whole number may stand for a float, a list for a tuple, None where the default is None. Inside a

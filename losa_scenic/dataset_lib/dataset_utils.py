@@ -47,9 +47,9 @@ class Dataset:
   valid_iter: Iterator[types.Batch] | None = None
   test_iter: Iterator[types.Batch] | None = None
   meta_data: dict[str, Any] = dataclasses.field(default_factory=dict)
-  train_ds: grain.MapDataset | None = None
-  valid_ds: grain.MapDataset | None = None
-  test_ds: grain.MapDataset | None = None
+  train_ds: Any = None
+  valid_ds: Any = None
+  test_ds: Any = None
   train_multi_iter: Any = None
   valid_multi_iter: Any = None
   test_multi_iter: Any = None

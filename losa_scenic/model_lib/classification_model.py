@@ -18,7 +18,7 @@ from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import BACKBONE, partition
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.common_lib.types import Array, Batch, Metrics, Params
+from losa_scenic.common_lib.types import Array, Batch, Config, Metrics, Params
 from losa_scenic.model_lib import checkpoints, encoder
 from losa_scenic.model_lib.adapted import Adapted
 
@@ -39,9 +39,7 @@ class ClassificationModel:
     flax_model: the Linen module.
   """
 
-  def __init__(
-    self, config: ml_collections.ConfigDict | None, dataset_meta_data: Mapping[str, Any]
-  ):
+  def __init__(self, config: Config | None, dataset_meta_data: Mapping[str, Any]):
     self.config = self.default_flax_model_config() if config is None else config
     self.dataset_meta_data = dataset_meta_data
     self.backbone = checkpoints.find(
@@ -49,7 +47,7 @@ class ClassificationModel:
     )
     self.flax_model = self.build_flax_model()
 
-  def default_flax_model_config(self) -> ml_collections.ConfigDict:
+  def default_flax_model_config(self) -> Config:
     """A tiny model, for tests that need one."""
     return ml_collections.ConfigDict(
       {'backbone': 'test/8', 'method': 'losa', 'random_backbone': True}

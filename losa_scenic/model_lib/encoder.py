@@ -160,7 +160,7 @@ class Encoder(nn.Module):
       body,
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
-      in_axes=(0, nn.broadcast),
+      in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax's type is too narrow)
       length=self.spec.depth,
     )
     return scanned(self.spec, self.inserts, self.collect, ctx, dtype=self.dtype, name='layers')(

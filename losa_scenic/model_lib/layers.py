@@ -40,7 +40,8 @@ def attention(
 ) -> Float[Array, 'b n d']:
   """softmax(q k^T / sqrt(d / heads)) v, per head; the softmax is computed in float32."""
   dtype = q.dtype
-  if dtype == jnp.float16:  # On CPU XLA has no product of float16 matrices with float32 sums.
+  # On CPU XLA has no product of float16 matrices with float32 sums.
+  if dtype == jnp.float16 and jax.default_backend() == 'cpu':
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   y = jax.nn.dot_product_attention(
     split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)

@@ -93,7 +93,8 @@ class BackboneSpec:
     missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
     if missing:
       raise errors.UserError(f'The backbone description lacks: {", ".join(missing)}.')
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
+    return cls(**values)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from jaxtyping import Float
 
-from losa_scenic.common_lib.types import Array, Batch
+from losa_scenic.common_lib.types import Array, Batch, Config
 from losa_scenic.model_lib import vit
 from losa_scenic.model_lib.presets import BackboneSpec
 
@@ -18,7 +17,7 @@ Images = Float[Array, 'b h w c']
 
 
 def make_augment(
-  block: ml_collections.ConfigDict, spec: BackboneSpec, num_classes: int
+  block: Config, spec: BackboneSpec, num_classes: int
 ) -> Callable[[Array, Batch], Batch] | None:
   """The function that `config.augment` describes, or None if everything is off.
 

@@ -190,7 +190,7 @@ def _damaged(where: Any, problem: str) -> errors.UserError:
 def _checksum(tree: dict[str, Any]) -> int:
   value = 0
   for _, leaf in sorted(trees.flatten(tree).items()):
-    value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8), value)
+    value = zlib.crc32(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8).data, value)
   return value
 
 

@@ -1,7 +1,5 @@
 """Evaluation of a split, exact in spite of padded batches, with a picture of the predictions."""
 
-from collections.abc import Sequence
-
 import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -69,7 +67,7 @@ def prediction_grid(
   inputs: np.ndarray,
   labels: np.ndarray,
   predictions: np.ndarray,
-  class_names: Sequence[str],
+  class_names: tuple[str, ...],
   columns: int = 6,
   cell: int = 128,
 ) -> np.ndarray:

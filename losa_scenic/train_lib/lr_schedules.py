@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Config
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
@@ -123,7 +123,7 @@ def check(block: Mapping[str, Any]) -> None:
   _factor_names(block.get('factors', 'constant'))
 
 
-def get_learning_rate_fn(config: ml_collections.ConfigDict, total_steps: int) -> Schedule:
+def get_learning_rate_fn(config: Config, total_steps: int) -> Schedule:
   """The schedule that `config.lr_configs` describes.
 
   Args:

@@ -10,9 +10,9 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Metrics
 
 
-def accumulate(parts: Iterable[Metrics]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def accumulate(parts: Iterable[Metrics]) -> dict[str, tuple[Any, Any]]:
   """Adds sums and normalizers over batches, in float64 on the host."""
-  total: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+  total: dict[str, tuple[Any, Any]] = {}
   for part in jax.device_get(list(parts)):
     for name, (value, weight) in part.items():
       old = total.get(name, (np.float64(0), np.float64(0)))
@@ -20,7 +20,7 @@ def accumulate(parts: Iterable[Metrics]) -> dict[str, tuple[np.ndarray, np.ndarr
   return total
 
 
-def normalize(total: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, float]:
+def normalize(total: Mapping[str, tuple[Any, Any]]) -> dict[str, float]:
   """sum / normalizer; of vectors, the mean ratio over the entries that occur."""
   values = {}
   for name, (value, weight) in total.items():

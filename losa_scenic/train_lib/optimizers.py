@@ -4,12 +4,11 @@ import re
 from collections.abc import Callable
 
 import jax
-import ml_collections
 import optax
 
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.types import PyTree
+from losa_scenic.common_lib.types import Config, PyTree
 
 # Leaves that are no matrices of weights. By name, not by rank: stacked layers add an axis.
 _NOT_DECAYED = re.compile(r'(.*_)?bias|scale|alpha|cls|probe|pos_embedding')
@@ -57,9 +56,7 @@ OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
 }
 
 
-def get_optimizer(
-  config: ml_collections.ConfigDict, learning_rate: optax.Schedule
-) -> optax.GradientTransformation:
+def get_optimizer(config: Config, learning_rate: optax.Schedule) -> optax.GradientTransformation:
   """The optimizer of a config (fields: optimizer, optimizer_configs, max_grad_norm).
 
   Raises:

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
 
 from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.types import Array, Params
+from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import augment, lr_schedules, optimizers, run_config, sharding, steps
@@ -44,7 +43,7 @@ class Program:
 def build_program(
   *,
   rng: Array,
-  config: ml_collections.ConfigDict,
+  config: Config,
   model_cls: type[ClassificationModel],
   dataset: dataset_utils.Dataset,
 ) -> tuple[Program, TrainState]:

@@ -14,14 +14,15 @@ from ml_collections import config_dict
 from losa_scenic.adapt_lib import methods
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import lr_schedules, optimizers
 
 
-def _options(**types: type) -> ml_collections.ConfigDict:
+def _options(**types: type) -> Config:
   return ml_collections.ConfigDict({k: config_dict.placeholder(t) for k, t in types.items()})
 
 
-def default_config() -> ml_collections.ConfigDict:
+def default_config() -> Config:
   """The schema; field names are Scenic's where Scenic has the field."""
   c = ml_collections.ConfigDict()
   c.rng_seed = 0  # seeds the parameters and the augmentation
@@ -126,7 +127,7 @@ MAY_CHANGE = (
 )
 
 
-def check(config: ml_collections.ConfigDict) -> None:
+def check(config: Config) -> None:
   """Raises `UserError` for a key nobody knows or a value no run can have.
 
   Names of functions and their options are looked up here, so that a misspelt one is an error before
@@ -169,7 +170,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(f"export_backbone needs method 'full', not '{config.method}'.")
 
 
-def check_overrides(config: ml_collections.ConfigDict, overrides: dict[str, Any]) -> None:
+def check_overrides(config: Config, overrides: dict[str, Any]) -> None:
   """Raises `UserError` for command-line options of a method that is not the chosen one."""
   for key in overrides:
     block, _, rest = key.partition('.')
@@ -181,7 +182,7 @@ def check_overrides(config: ml_collections.ConfigDict, overrides: dict[str, Any]
       )
 
 
-def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def resolve(config: Config) -> Config:
   """A copy with the learning rate, seeds and batch sizes filled in.
 
   Raises:
@@ -205,7 +206,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   return config.lock()
 
 
-def number_of_steps(config: ml_collections.ConfigDict, num_train_examples: int) -> tuple[int, int]:
+def number_of_steps(config: Config, num_train_examples: int) -> tuple[int, int]:
   """(steps of the whole training, steps of an epoch), both at least 1."""
   per_epoch = max(1, num_train_examples // config.batch_size)
   if config.num_training_steps is not None:
@@ -234,6 +235,6 @@ def _check_options(
       raise errors.unknown(f"option of {kind} '{name}'", key, known)
 
 
-def method_options(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def method_options(config: Config) -> dict[str, Any]:
   """The options given to the config's method."""
   return config_lib.to_dict((config.method_configs or {}).get(config.method))

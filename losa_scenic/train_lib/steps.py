@@ -50,7 +50,7 @@ def train_step(
     batch = augment(augment_rng, batch)
 
   def loss_and_logits(trainable: Params) -> tuple[Array, Array]:
-    logits = flax_model.apply(
+    logits: Any = flax_model.apply(
       {'params': combine(trainable, frozen)},
       batch['inputs'],
       train=True,
@@ -82,5 +82,5 @@ def eval_step(
 ) -> tuple[dict[str, Any], Array]:
   """Metrics of one batch (padded examples carry batch_mask 0), and the predicted classes [b]."""
   variables = {'params': combine(trainable, frozen)}
-  logits = flax_model.apply(variables, batch['inputs'], train=False)
+  logits: Any = flax_model.apply(variables, batch['inputs'], train=False)
   return dict(metrics_fn(logits, batch)), logits.argmax(-1)

@@ -1,5 +1,6 @@
 """What a finished run leaves for people and programs: summary.json, a table, a tuned backbone."""
 
+import json
 import pathlib
 import platform
 from collections.abc import Mapping
@@ -7,12 +8,11 @@ from typing import Any
 
 import flax
 import jax
-import ml_collections
 
 from losa_scenic import __version__
 from losa_scenic.adapt_lib.method import BACKBONE, combine, split_head
 from losa_scenic.common_lib import trees
-from losa_scenic.common_lib.types import Params
+from losa_scenic.common_lib.types import Config, Params
 from losa_scenic.model_lib import checkpoints, encoder
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import progress
@@ -24,7 +24,7 @@ def content(
   model: ClassificationModel,
   state: TrainState,
   frozen: Params,
-  config: ml_collections.ConfigDict,
+  config: Config,
   meta_data: Mapping[str, Any],
   start: int | None,
   bar: progress.Progress,
@@ -64,7 +64,14 @@ def content(
   }
 
 
-def _dataset(config: ml_collections.ConfigDict) -> str:
+def of_training(workdir: pathlib.Path) -> dict[str, Any]:
+  """What only the process that trained could know, from the summary it left (if it did)."""
+  path = workdir / 'summary.json'
+  former = json.loads(path.read_text()) if path.exists() else {}
+  return {k: former[k] for k in ('train_images_per_second', 'resumed_from_step') if k in former}
+
+
+def _dataset(config: Config) -> str:
   path = config.dataset_configs.get('path')
   return f'{config.dataset_name}:{pathlib.Path(path).stem}' if path else config.dataset_name
 
@@ -93,7 +100,7 @@ def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
 def export_backbone(
   program: Program,
   state: TrainState,
-  config: ml_collections.ConfigDict,
+  config: Config,
   evaluation: Mapping[str, float],
 ) -> None:
   """Writes the tuned backbone, without classifier, where `config.export_backbone` says."""

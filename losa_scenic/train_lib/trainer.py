@@ -11,11 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import ml_collections
 
 from losa_scenic.adapt_lib.method import split_head
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.common_lib.types import Array
+from losa_scenic.common_lib.types import Array, Config
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import (
@@ -40,7 +39,7 @@ _DATA_IDENTITY = ('num_classes', 'num_train_examples', 'num_eval_examples')
 def train(
   *,
   rng: Array,
-  config: ml_collections.ConfigDict,
+  config: Config,
   model_cls: type[ClassificationModel],
   dataset: dataset_utils.Dataset,
   workdir: str | pathlib.Path,
@@ -65,6 +64,8 @@ def train(
   """
   workdir = pathlib.Path(workdir)
   config = run_config.resolve(config)
+  if dataset.train_ds is None:
+    raise ValueError('The data set has no train_ds: its batches cannot be positioned by step.')
   if dataset.valid_ds is None and not config.evaluate_test:
     raise errors.UserError(
       'Nothing would be evaluated: there is no validation split, and evaluate_test is False.'
@@ -98,7 +99,7 @@ def _run(
   program: Program,
   state: TrainState,
   start: int | None,
-  config: ml_collections.ConfigDict,
+  config: Config,
   dataset: dataset_utils.Dataset,
   workdir: pathlib.Path,
   writer: Writer,
@@ -106,7 +107,6 @@ def _run(
 ) -> tuple[TrainState, dict[str, float], dict[str, Any]]:
   """The loop from step `start` on, and what follows it."""
   total, first = program.total_steps, start or 0
-  log_every = config.log_summary_steps
   eval_every = config.log_eval_steps or program.steps_per_epoch
   save_every = config.checkpoint_steps or program.steps_per_epoch
   bar = progress.Progress(first, total, config.batch_size)
@@ -124,7 +124,7 @@ def _run(
     bar.step()
     bar.run()
     saves = config.checkpoint and (step % save_every == 0 or step == total)
-    if step % log_every == 0 or saves or step == total:
+    if step % config.log_summary_steps == 0 or saves or step == total:
       train_summary = _log_training(program, pending, step, bar, writer)
     bar.show(step)
     if dataset.valid_ds is not None and (step % eval_every == 0 or step == total):
@@ -151,6 +151,8 @@ def _run(
   content = summary.content(
     program.model, state, program.frozen, config, dataset.meta_data, start, bar, eval_summary
   )
+  if first >= total:
+    content |= summary.of_training(workdir)
   workdir_lib.write_json(workdir / 'summary.json', content)
   print(summary.as_table(content, workdir))
   return state, train_summary, content
@@ -159,7 +161,7 @@ def _run(
 def _evaluate_finished(
   program: Program,
   state: TrainState,
-  config: ml_collections.ConfigDict,
+  config: Config,
   dataset: dataset_utils.Dataset,
 ) -> dict[str, float]:
   """Evaluates a run that had its last checkpoint already; its measurements were written then."""
@@ -198,9 +200,7 @@ def _log_training(
   return train_summary
 
 
-def _headline(
-  program: Program, state: TrainState, config: ml_collections.ConfigDict, start: int | None
-) -> str:
+def _headline(program: Program, state: TrainState, config: Config, start: int | None) -> str:
   rest, head = split_head(state.trainable)
   devices = f'{program.mesh.size} x {jax.devices()[0].device_kind}'
   origin = 'starting' if start is None else f'continuing from step {start}'

@@ -81,8 +81,23 @@ class JsonLinesWriter:
       self._file = None
 
 
+_SPLITS = ('train', 'valid', 'test')
+
+
+def tag(name: str) -> str:
+  """The TensorBoard tag of a scalar: 'valid_accuracy' -> 'accuracy/valid'.
+
+  TensorBoard groups by what stands before the slash and sorts the groups, so a run opens on the
+  accuracy of all splits, then loss, norms, and progress (learning rate, epoch, speed).
+  """
+  split, _, rest = name.partition('_')
+  if split in _SPLITS and rest:
+    return f'norms/{rest[3:]}' if rest.startswith('l2_') else f'{rest}/{split}'
+  return f'progress/{name.replace("/", "_per_")}'
+
+
 class TensorBoardWriter:
-  """TensorBoard event files through tensorboardX.
+  """TensorBoard event files through tensorboardX; tags are those of `tag`.
 
   Events are written by the calling thread: tensorboardX's own queue would lose those before a
   checkpoint when the process is killed, and `flush` does not wait for it.
@@ -118,7 +133,7 @@ class TensorBoardWriter:
     from tensorboardX import summary
 
     for name, value in scalars.items():
-      self._add(int(step), summary=summary.scalar(name, float(value)))
+      self._add(int(step), summary=summary.scalar(tag(name), float(value)))
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Images are uint8 or float in [0, 1], [n h w c]."""

@@ -10,8 +10,7 @@ images are only resized. See README.md here for the results and the time it take
 from types import SimpleNamespace
 from typing import Any
 
-import ml_collections
-
+from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config
 
 # pack -> metric; elpv_solar's test split is 82 % of one class.
@@ -31,7 +30,7 @@ METHODS = {'linear': 20.0, 'losa': 20.0, 'full': 10.0}
 SEEDS = (0, 1, 2)
 
 
-def get_config(directory: str = '.') -> ml_collections.ConfigDict:
+def get_config(directory: str = '.') -> Config:
   """One run: LoSA on the first pack.
 
   Args:

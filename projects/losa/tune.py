@@ -10,19 +10,20 @@ import pathlib
 from types import SimpleNamespace
 from typing import Any
 
-import ml_collections
+from losa_scenic.common_lib.types import Config
 
 # Config files are loaded by path, not as a package.
 _SPEC = importlib.util.spec_from_file_location(
   'packs', pathlib.Path(__file__).with_name('packs.py')
 )
+assert _SPEC is not None and _SPEC.loader is not None
 packs = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(packs)
 
 TUNED_ON = ('clothing10', 'elpv_solar', 'signdigits', 'omniglot_strokes')
 
 
-def get_config(directory: str = '.') -> ml_collections.ConfigDict:
+def get_config(directory: str = '.') -> Config:
   """As packs.py, trained on the train split only and judged on the val split."""
   config = packs.get_config(directory)
   config.dataset_configs.train_split = 'train'

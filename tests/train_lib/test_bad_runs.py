@@ -124,9 +124,6 @@ def test_a_finished_run_again_changes_nothing_that_was_measured(cli, finished):
   assert 'continuing from step 4' in printed
   after = json.loads((finished / 'summary.json').read_text())
   assert (finished / 'metrics.jsonl').read_bytes() == curves
-  assert (before.pop('resumed_from_step'), after.pop('resumed_from_step')) == (None, 4)
-  for summary in (before, after):
-    del summary['train_images_per_second']
   assert after == before
 
 

@@ -12,6 +12,8 @@ import orbax.checkpoint as ocp
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
+from losa_scenic.train_lib import writers
+
 STEPS = 40
 # Checkpoints, logs and evaluations fall on different steps.
 RUN = (
@@ -52,7 +54,7 @@ def curves(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
   events.Reload()
   assert 'config/text_summary' in events.Tags()['tensors']
   assert 'valid_predictions' in events.Tags()['images']
-  names = [name for name in events.Tags()['scalars'] if name != TIMING]
+  names = [name for name in events.Tags()['scalars'] if name != writers.tag(TIMING)]
   return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 

@@ -70,8 +70,8 @@ def test_tensorboard_reads_scalars_texts_images_and_hparams(tmp_path):
   writer.write_images(2, {'test_predictions': picture})
   writer.write_hparams({'rank': 4})
   writer.flush()  # Readable without a close: the process may be killed.
-  assert scalars(tmp_path, 'train_loss') == [(1, 0.5), (2, 0.25)]
-  assert scalars(tmp_path, 'img/sec') == [(1, 3.0)]
+  assert scalars(tmp_path, 'loss/train') == [(1, 0.5), (2, 0.25)]
+  assert scalars(tmp_path, 'progress/img_per_sec') == [(1, 3.0)]
   loaded = events(tmp_path)
   texts = {
     tag: loaded.Tensors(tag)[0].tensor_proto.string_val[0] for tag in loaded.Tags()['tensors']
@@ -95,7 +95,7 @@ def test_tensorboard_forgets_steps_after_a_rewind(tmp_path):
     second.write_scalars(step, {'a': 10 * step})
   second.close()
   expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70), (8, 80)]
-  assert scalars(tmp_path, 'a') == expected
+  assert scalars(tmp_path, 'progress/a') == expected
 
 
 def test_tensorboard_begins_anew(tmp_path):
@@ -105,7 +105,7 @@ def test_tensorboard_begins_anew(tmp_path):
     writer.write_texts(0, {'config': str(value)})
     writer.write_scalars(1, {'a': value})
     writer.close()
-  assert scalars(tmp_path, 'a') == [(1, 2.0)]
+  assert scalars(tmp_path, 'progress/a') == [(1, 2.0)]
   texts = events(tmp_path).Tensors('config/text_summary')  # TensorBoard never purges texts.
   assert texts[-1].tensor_proto.string_val[0] == b'2'
 
@@ -139,3 +139,14 @@ def test_many_writers_receive_the_same(tmp_path):
     'close',
   ]
   assert (tmp_path / 'metrics.jsonl').read_text() == '{"step": 3, "a": 1.0}\n'
+
+
+def test_tags_group_splits_and_open_on_the_accuracy():
+  names = ['learning_rate', 'train_l2_grads', 'valid_loss', 'train_accuracy', 'test_accuracy']
+  assert sorted(map(writers.tag, names)) == [
+    'accuracy/test',
+    'accuracy/train',
+    'loss/valid',
+    'norms/grads',
+    'progress/learning_rate',
+  ]
