@@ -28,6 +28,7 @@ def get_config(directory: str = '.') -> Config:
   config = packs.get_config(directory)
   config.dataset_configs.train_split = 'train'
   config.evaluate_test = False
+  config.method_configs.losa.rank = 16
   return config
 
 
