@@ -30,7 +30,7 @@ setuptools.setup(
     'opencv-python-headless',
     'optax>=0.2.5',
     'orbax-checkpoint>=0.11',
-    'pillow',
+    'pillow>=10.1',
     'safetensors',
     'scikit-learn',
     'tensorboard>=2.20',
@@ -40,8 +40,6 @@ setuptools.setup(
   extras_require={
     'gpu': ['jax[cuda12]>=0.10,<0.12'],
     'tpu': ['jax[tpu]>=0.10,<0.12'],
-    # clu's metric writers need TensorFlow and TensorBoard; TFDS forgets to require the last one.
-    'tf': ['clu', 'importlib_resources', 'tensorflow', 'tensorflow-datasets'],
     'dev': ['beartype', 'pyright', 'pytest', 'pytest-xdist', 'ruff'],
   },
 )

@@ -98,7 +98,10 @@ def _config_path(argv: Sequence[str]) -> pathlib.Path | None:
 
 def default_workdir(name: str, config: Config) -> pathlib.Path:
   """runs/<name>/<method>-<dataset>-<hash of the config>: the same command, the same directory."""
-  content = json.dumps(run_config.resolve(config).to_dict(), sort_keys=True)
+  fields = run_config.resolve(config).to_dict()
+  content = json.dumps(
+    {k: v for k, v in fields.items() if k not in run_config.MAY_CHANGE}, sort_keys=True
+  )
   digest = hashlib.sha256(content.encode()).hexdigest()[:8]
   return pathlib.Path('runs') / name / f'{config.method}-{config.dataset_name}-{digest}'
 

@@ -8,9 +8,12 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 
+from losa_scenic import app
 from losa_scenic.bench_lib import hyper, results
 from losa_scenic.bench_lib import sweep as engine
 from losa_scenic.common_lib import errors
+from losa_scenic.train_lib import run_config
+from losa_scenic.train_lib import workdir as workdir_lib
 
 MAIN_MODULE = 'losa_scenic.main'
 _DESCRIPTION = """\
@@ -141,6 +144,15 @@ def dry_run(runs: Sequence[engine.Run]) -> str:
   return '\n'.join(lines)
 
 
+def check_finished(runs: Sequence[engine.Run]) -> None:
+  """Raises `UserError` if a finished run had another config than its command has now."""
+  for run in runs:
+    if results.read_summary(run.directory, run.overrides) is not None:
+      config, _ = app.parse(['losa_scenic.main', *run.command[3:]])
+      fields = run_config.resolve(config).to_dict()
+      workdir_lib.check_same_run(run.directory, fields, run_config.MAY_CHANGE)
+
+
 def run_sweep(
   config: str,
   workdir: str | os.PathLike[str],
@@ -169,7 +181,7 @@ def run_sweep(
 
   Raises:
     errors.UserError: as `plan` and `slot_environments`; if another sweep runs in `workdir`; if a
-      run's directory holds other overrides.
+      run's directory holds other overrides, or a finished run of a config that has changed since.
   """
   environments = slot_environments(slots, devices)
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
@@ -181,6 +193,8 @@ def run_sweep(
   targets = [root / 'results.jsonl']
   if save_results:
     targets.append(pathlib.Path(save_results).expanduser())
+  if main_module == MAIN_MODULE:
+    check_finished(runs)
   with engine.lock(root / 'sweep.lock'):
     results.write_object(root / 'sweep.json', {'config': _identity(config)})
     if repeated:

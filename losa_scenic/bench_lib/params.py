@@ -5,7 +5,7 @@ from typing import Any
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import partition, split_head
-from losa_scenic.common_lib import trees
+from losa_scenic.common_lib import errors, trees
 from losa_scenic.model_lib import checkpoints
 from losa_scenic.model_lib.adapted import Adapted
 
@@ -33,6 +33,8 @@ def count(
   Raises:
     errors.UserError: for unknown names or values out of range.
   """
+  if num_classes < 1:
+    raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
   spec = checkpoints.find(backbone, backbone_options).spec
   built = methods.build(method, spec, options)
   shapes = Adapted(spec, built, num_classes, scan=True).param_shapes()

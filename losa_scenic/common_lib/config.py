@@ -1,8 +1,9 @@
 """Configuration: calling functions with config blocks, and finding keys that nobody knows."""
 
 import inspect
+import types
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import ml_collections
 
@@ -42,14 +43,26 @@ def build(
     What `fn` returns.
 
   Raises:
-    errors.UserError: for an unknown option, naming the nearest one.
+    errors.UserError: for an unknown option, naming the nearest one, or a value of a wrong type.
   """
   given = to_dict(block)
   allowed = options(fn) - set(fixed)
   for key in given:
     if key not in allowed:
       raise errors.unknown(f'option of {what}', key, allowed)
+    _check_option(f'{key} of {what}', given[key], inspect.signature(fn).parameters[key].annotation)
   return fn(*args, **given, **fixed)
+
+
+def _check_option(name: str, value: Any, annotation: Any) -> None:
+  # Only plain types are checked; a whole number may stand for a float.
+  allowed = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+  kinds = [kind for kind in (int, float, str, bool) if kind in allowed]
+  exact = type(value) in kinds or (type(value) is int and float in kinds)
+  if kinds and not exact:
+    raise errors.UserError(
+      f'{name} must be of type {" or ".join(kind.__name__ for kind in kinds)}, not {value!r}.'
+    )
 
 
 def check_keys(given: Any, known: Any, prefix: str = '') -> None:

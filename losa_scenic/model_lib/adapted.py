@@ -57,7 +57,10 @@ class Adapted(nn.Module):
     def encode(images: Array, *, per_layer: Any = None, train: bool = False):
       return self.backbone.encode(images, per_layer=per_layer, shared=shared, train=train)
 
-    run = Run(encode=encode, features=self.backbone.features)
+    def features(tokens: Array, *, train: bool = False) -> Array:
+      return self.backbone.features(tokens, shared=shared, train=train)
+
+    run = Run(encode=encode, features=features)
     if self.side is not None:
       return self.side(run, inputs, train=train)
     return run.features(run.encode(inputs, train=train).tokens, train=train)
@@ -74,9 +77,25 @@ class Adapted(nn.Module):
     return (batch, self.spec.image_size, self.spec.image_size, 3)
 
   def param_shapes(self) -> dict[str, Any]:
-    """All parameters as `jax.ShapeDtypeStruct`s; nothing is allocated."""
+    """All parameters as `jax.ShapeDtypeStruct`s; nothing is allocated.
+
+    Raises:
+      ValueError: if an insert of the method is never called, because another one around its site
+        does not call the operation it was given.
+    """
+    called: set[str] = set()
+
+    def note(call: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
+      called.update(context.module.path)
+      return call(*args, **kwargs)
+
     inputs = jax.ShapeDtypeStruct(self.input_shape(), jnp.float32)
-    return jax.eval_shape(self.init, jax.random.key(0), inputs)['params']
+    with nn.intercept_methods(note):
+      shapes = jax.eval_shape(self.init, jax.random.key(0), inputs)['params']
+    unreached = [site for site in self.method.inserts if f'insert_{site}' not in called]
+    if unreached:
+      raise ValueError(f'No pass through the model reaches the inserts at {unreached}.')
+    return shapes
 
   def init_trainable(self, rng: Array) -> dict[str, Any]:
     """Fresh trainable parameters; the frozen ones are never computed."""

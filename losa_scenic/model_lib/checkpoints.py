@@ -121,6 +121,8 @@ def load(backbone: Backbone) -> dict[str, Any]:
     raise errors.UserError('\n  '.join([f'{path} does not fit {backbone.path}:', *differences]))
   if trees.digest(params) != description['sha256']:
     raise errors.UserError(f'{path} is damaged: its hash is not the one in {backbone.path.name}.')
+  if backbone.spec.pool != 'map':
+    params.pop('map_head', None)  # Stored with a MAP head, asked for with another pooling.
   return params
 
 
@@ -148,6 +150,9 @@ def save(
     k: np.ascontiguousarray(np.asarray(v).astype(jnp.dtype(dtype)))
     for k, v in trees.flatten(params).items()
   }
+  overflown = [name for name, leaf in flat.items() if not np.isfinite(leaf.astype('float32')).all()]
+  if overflown:
+    raise errors.UserError(f'{path}: not finite in {dtype}: {overflown[:5]}. Nothing is written.')
   stored = trees.unflatten(flat)
   spec = dataclasses.replace(spec, name=path.stem)
   description = {
@@ -159,6 +164,8 @@ def save(
     'card': dict(card or {}),
   }
   path.parent.mkdir(parents=True, exist_ok=True)
-  safetensors_numpy.save_file(flat, path.with_suffix('.safetensors'))
+  weights = path.with_suffix('.safetensors')
+  safetensors_numpy.save_file(flat, weights)
+  weights.chmod(0o644)  # safetensors makes files that only their owner can read.
   path.write_text(json.dumps(description, indent=1) + '\n')
   return Backbone(spec, path, description['sha256'])

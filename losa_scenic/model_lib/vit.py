@@ -54,9 +54,8 @@ class ViT(nn.Module):
       self.map_head = layers.MapHead(spec, dtype=self.dtype)
     self.insert = {site: make() for site, make in outer.items()}
 
-  def _at(self, train: bool) -> layers.At:
-    ctx = sites.Ctx(grid=self.spec.grid, prefix=self.spec.prefix, train=train)
-    return sites.make_at(self.insert, ctx)
+  def _ctx(self, train: bool, shared: PyTree | None) -> sites.Ctx:
+    return sites.Ctx(grid=self.spec.grid, prefix=self.spec.prefix, train=train, shared=shared)
 
   def encode(
     self,
@@ -87,13 +86,13 @@ class ViT(nn.Module):
         f'Images are {list(images.shape[1:])}, but the position embedding of backbone '
         f"'{spec.name}' is for [{spec.image_size}, {spec.image_size}, 3]."
       )
-    at = self._at(train)
+    at = sites.make_at(self.insert, self._ctx(train, shared))
     x = at('patch', self.patch)(normalize(images, spec))
     if spec.class_token:
       cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, spec.width))
       x = jnp.concatenate([cls, x], axis=1)
     embedded = x + self.pos_embedding.astype(x.dtype)
-    ctx = sites.Ctx(grid=spec.grid, prefix=spec.prefix, train=train)
+    ctx = self._ctx(train, shared=None)  # The encoder hands `shared` to its layers itself.
     seen: dict[str, Array] = {}
 
     def run(x: Array) -> Array:
@@ -104,9 +103,11 @@ class ViT(nn.Module):
     tokens = at('encoder', run)(embedded)
     return encoder.Encoded(tokens, embedded, seen, spec.grid, spec.prefix)
 
-  def features(self, tokens: Float[Array, 'b n d'], *, train: bool = False) -> Float[Array, 'b d']:
+  def features(
+    self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
+  ) -> Float[Array, 'b d']:
     """Final norm and pooling of tokens [b n d] in the place of the last block's output."""
-    at = self._at(train)
+    at = sites.make_at(self.insert, self._ctx(train, shared))
     x = at('norm', self.norm)(tokens.astype(self.dtype))
 
     def pool(x: Array) -> Array:

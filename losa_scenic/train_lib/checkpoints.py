@@ -73,6 +73,9 @@ class Checkpoints:
 
   def save(self, state: TrainState) -> None:
     """Saves the state as the last checkpoint, in the background. A step is saved only once."""
+    # A run that continues from here never comes back to an earlier evaluation: if that one was the
+    # best, it must be on disk first.
+    self._best.wait_until_finished()
     step = int(state.global_step)
     if step not in self._last.all_steps():
       self._last.save(step, args=self._args(state, {}))

@@ -15,12 +15,25 @@ from losa_scenic.common_lib.types import Config
 
 Schedule = Callable[[jax.typing.ArrayLike], jax.Array]
 
+DEFAULT_FACTORS = 'constant*linear_warmup*cosine_decay'
+# Options that only some factors read.
+_USED_BY = {
+  'warmup_steps': ('linear_warmup', 'cosine_decay', 'linear_decay'),
+  'warmup_alpha': ('linear_warmup',),
+  'steps_per_cycle': ('cosine_decay',),
+  'alpha': ('cosine_decay',),
+  'end_learning_rate': ('linear_decay',),
+  'decay_events': ('piecewise_constant',),
+  'decay_factors': ('piecewise_constant',),
+}
+FACTORS = ('constant', 'linear_warmup', 'cosine_decay', 'linear_decay', 'piecewise_constant')
+
 
 def compound(
   *,
   base_learning_rate: float,
   total_steps: int,
-  factors: str = 'constant*linear_warmup*cosine_decay',
+  factors: str = DEFAULT_FACTORS,
   warmup_steps: int = 0,
   warmup_alpha: float = 0.0,
   steps_per_cycle: int | None = None,
@@ -101,7 +114,6 @@ def compound(
 
 
 SCHEDULES = {'compound': compound}
-FACTORS = ('constant', 'linear_warmup', 'cosine_decay', 'linear_decay', 'piecewise_constant')
 
 
 def _factor_names(factors: str) -> list[str]:
@@ -120,7 +132,13 @@ def check(block: Mapping[str, Any]) -> None:
   ]
   for key in block:
     errors.one_of('option of the schedule', key, config_lib.options(schedule))
-  _factor_names(block.get('factors', 'constant'))
+  factors = _factor_names(block.get('factors', DEFAULT_FACTORS))
+  for key, users in _USED_BY.items():
+    if key in block and not set(users) & set(factors):
+      raise errors.UserError(
+        f'lr_configs.{key} would have no effect: it belongs to {" and ".join(users)}, and the '
+        f"factors are '{'*'.join(factors)}'."
+      )
 
 
 def get_learning_rate_fn(config: Config, total_steps: int) -> Schedule:

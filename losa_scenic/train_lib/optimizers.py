@@ -31,8 +31,15 @@ def momentum(
   """SGD with momentum; `weight_decay` is added to the gradient of decayed leaves."""
   return optax.chain(
     optax.add_decayed_weights(weight_decay, decay_mask) if weight_decay else optax.identity(),
-    optax.sgd(learning_rate, momentum=momentum, nesterov=nesterov),
+    optax.sgd(learning_rate, momentum=momentum or None, nesterov=nesterov),
   )
+
+
+def sgd(
+  learning_rate: optax.Schedule, *, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+  """Plain SGD; `weight_decay` as in `momentum`."""
+  return momentum(learning_rate, momentum=0.0, weight_decay=weight_decay)
 
 
 def adamw(
@@ -51,7 +58,7 @@ def adamw(
 
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
   'momentum': momentum,
-  'sgd': momentum,
+  'sgd': sgd,
   'adamw': adamw,
 }
 

@@ -27,7 +27,8 @@ class Program:
     eval_step: (trainable, frozen, batch) -> (metrics, predictions).
     learning_rate: step -> learning rate.
     total_steps: length of the whole training.
-    steps_per_epoch: steps of one pass over the training split.
+    steps_per_epoch: whole batches in the training split, at least 1.
+    epochs_per_step: share of the training split that a batch is.
   """
 
   model: ClassificationModel
@@ -38,6 +39,7 @@ class Program:
   learning_rate: lr_schedules.Schedule
   total_steps: int
   steps_per_epoch: int
+  epochs_per_step: float
 
 
 def build_program(
@@ -57,6 +59,12 @@ def build_program(
     raise errors.UserError(
       f'Images are {image_size} pixels, but the position embedding of backbone '
       f"'{config.backbone}' is for {model.backbone.spec.image_size}."
+    )
+  spec = model.backbone.spec
+  if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:
+    raise errors.UserError(
+      f"data_dtype_str '{config.data_dtype_str}' scales images to [-1, 1], but backbone "
+      f"'{config.backbone}' was trained with mean {spec.mean} and std {spec.std}: use 'uint8'."
     )
   total_steps, steps_per_epoch = run_config.number_of_steps(
     config, dataset.meta_data['num_train_examples']
@@ -98,4 +106,5 @@ def build_program(
     learning_rate=learning_rate,
     total_steps=total_steps,
     steps_per_epoch=steps_per_epoch,
+    epochs_per_step=config.batch_size / dataset.meta_data['num_train_examples'],
   ), state

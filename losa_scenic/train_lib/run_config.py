@@ -113,18 +113,13 @@ def default_config() -> Config:
   c.checkpoint = True
   c.checkpoint_steps = config_dict.placeholder(int)
   c.max_checkpoint_keep = 2
-  c.export_backbone = ''  # method 'full' only: write the tuned backbone as this NAME.safetensors
+  # Method 'full' only: write the tuned backbone, in float16, as this NAME.safetensors.
+  c.export_backbone = ''
   return c.lock()
 
 
 # Fields that may differ when a run is continued: they do not change what is computed.
-MAY_CHANGE = (
-  'log_eval_steps',
-  'checkpoint_steps',
-  'max_checkpoint_keep',
-  'eval_batch_size',
-  'export_backbone',
-)
+MAY_CHANGE = ('max_checkpoint_keep', 'eval_batch_size', 'export_backbone')
 
 
 def check(config: Config) -> None:

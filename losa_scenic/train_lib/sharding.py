@@ -9,7 +9,13 @@ from losa_scenic.common_lib.types import Batch, PyTree
 
 
 def make_mesh() -> Mesh:
-  """A one-dimensional mesh ('data',) over all devices."""
+  """A one-dimensional mesh ('data',) over all local devices.
+
+  Raises:
+    errors.UserError: in a run of several processes: each would read the whole batch.
+  """
+  if jax.process_count() > 1:
+    raise errors.UserError(f'Runs of several processes ({jax.process_count()}) do not work yet.')
   return Mesh(np.asarray(jax.devices()), ('data',))
 
 

@@ -110,9 +110,9 @@ def export_backbone(
   # The card travels with the weights: names of files, not where they lay on this machine.
   if recipe['dataset_configs'].get('path'):
     recipe['dataset_configs']['path'] = pathlib.Path(recipe['dataset_configs']['path']).name
-  recipe['backbone'] = (
-    pathlib.Path(recipe['backbone']).name if '.' in config.backbone else config.backbone
-  )
+  recipe['export_backbone'] = pathlib.Path(config.export_backbone).name
+  if program.model.backbone.path is not None:
+    recipe['backbone'] = pathlib.Path(config.backbone).name
   card = {
     'config': recipe,
     'dataset': _dataset(config),

@@ -33,7 +33,7 @@ from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
 
 # A run cannot continue on data that has become more or less.
-_DATA_IDENTITY = ('num_classes', 'num_train_examples', 'num_eval_examples')
+_DATA_IDENTITY = ('num_classes', 'class_names', 'num_train_examples', 'num_eval_examples')
 
 
 def train(
@@ -128,8 +128,8 @@ def _run(
       train_summary = _log_training(program, pending, step, bar, writer)
     bar.show(step)
     if dataset.valid_ds is not None and (step % eval_every == 0 or step == total):
-      bar.pause()
       metrics.check_finite(jax.device_get(pending), step)
+      bar.pause()
       eval_summary = evaluate.evaluate(program, state, dataset, 'valid', step, writer)
       bar.say(f'step {step}/{total}  valid accuracy {eval_summary["valid_accuracy"]:.4f}')
       if config.checkpoint:
@@ -193,7 +193,7 @@ def _log_training(
   bar.loss(train_summary['train_loss'])
   extra = {
     'learning_rate': float(program.learning_rate(step - 1)),
-    'epoch': step / program.steps_per_epoch,
+    'epoch': step * program.epochs_per_step,
     'img/sec': bar.images_per_second,
   }
   writer.write_scalars(step, train_summary | extra)

@@ -2,7 +2,7 @@
 
   python -m losa_scenic.sweep --config=projects/losa/tune.py:DIR --workdir=WORK --slots=2
   python -m losa_scenic.bench_lib.tables WORK/results.jsonl --value=valid_accuracy --scale=100 \
-      --rows=dataset --columns=config.lr_configs.base_learning_rate --where=method=losa
+      --rows=dataset --columns=config.lr_configs.base_learning_rate --where=method=linear
 """
 
 import importlib.util
@@ -33,7 +33,7 @@ def get_config(directory: str = '.') -> Config:
 
 
 def get_hyper(hyper: SimpleNamespace, directory: str = '.') -> list[dict[str, Any]]:
-  """Learning rates of every method, and LoSA's rank and alpha, one seed each."""
+  """Learning rates of every method, and two ranks of LoSA, one seed each."""
   rate = 'config.lr_configs.base_learning_rate'
 
   def recipe(method: str, **options: tuple[float, ...]) -> list[dict[str, Any]]:

@@ -95,3 +95,17 @@ def test_a_base_is_required():
 def test_every_factor_is_known_and_no_other():
   for name in lr_schedules.FACTORS:
     assert math.isfinite(rate(7, factors=name, base_learning_rate=0.1))
+
+
+@pytest.mark.parametrize(
+  ('option', 'factors'),
+  [
+    ({'end_learning_rate': 0.1}, {}),
+    ({'alpha': 0.1}, {'factors': 'constant*linear_decay'}),
+    ({'warmup_alpha': 0.1}, {'factors': 'constant*cosine_decay'}),
+    ({'decay_events': (3,)}, {}),
+  ],
+)
+def test_an_option_that_no_factor_reads_is_refused(option, factors):
+  with pytest.raises(errors.UserError, match='would have no effect'):
+    lr_schedules.check({'base_learning_rate': 0.1, **option, **factors})

@@ -41,9 +41,10 @@ def saved_steps(workdir: pathlib.Path) -> list[int]:
   return sorted(int(folder.name) for folder in folders if folder.name.isdigit())
 
 
-def last_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
-  with ocp.CheckpointManager(workdir / 'checkpoints' / 'last') as manager:
-    restored = manager.restore(STEPS, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+def newest_state(workdir: pathlib.Path, kind: str) -> dict[str, np.ndarray]:
+  with ocp.CheckpointManager(workdir / 'checkpoints' / kind) as manager:
+    step = manager.latest_step()
+    restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
   flat, _ = jax.tree_util.tree_flatten_with_path(restored['state'])
   return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in flat}
 
@@ -61,10 +62,11 @@ def curves(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
 def assert_same_run(one: pathlib.Path, other: pathlib.Path) -> None:
   assert lines(one) == lines(other)
   assert curves(one) == curves(other)
-  want, have = last_state(one), last_state(other)
-  assert want.keys() == have.keys()
-  for name in want:
-    assert want[name].tobytes() == have[name].tobytes(), name
+  for kind in ('last', 'best'):
+    want, have = newest_state(one, kind), newest_state(other, kind)
+    assert want.keys() == have.keys()
+    for name in want:
+      assert want[name].tobytes() == have[name].tobytes(), (kind, name)
   summaries = [json.loads((workdir / 'summary.json').read_text()) for workdir in (one, other)]
   for key in ('test_accuracy', 'test_loss', 'valid_accuracy', 'valid_loss', 'num_steps'):
     assert summaries[0][key] == summaries[1][key], key
