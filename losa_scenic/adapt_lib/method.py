@@ -8,7 +8,7 @@ optimised or saved.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
 from jaxtyping import Float
@@ -37,6 +37,7 @@ class Run:
   features: Callable[..., Array]
 
 
+@runtime_checkable
 class Side(Protocol):
   """A Linen module beside the backbone that makes the features the classifier sees."""
 

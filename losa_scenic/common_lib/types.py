@@ -1,11 +1,15 @@
 """Type names shared by all parts."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
-Array = jax.Array
+if TYPE_CHECKING:
+  Array = jax.Array
+else:  # The shape checks of the tests see both.
+  Array = jax.Array | np.ndarray
 PyTree = Any
 # Parameters as nested dicts of arrays; leaves are addressed by 'a/b/c' paths (see `trees`).
 Params = Mapping[str, Any]
@@ -15,3 +19,5 @@ Batch = Mapping[str, Any]
 Metrics = Mapping[str, tuple[jax.Array, jax.Array]]
 # A `ml_collections.ConfigDict`; its fields are not known to type checkers.
 Config = Any
+# Anything that `jnp.dtype` accepts.
+DType = Any

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Num
 
 from losa_scenic.adapt_lib.method import Method, Run, partition
-from losa_scenic.common_lib.types import Array
+from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.vit import ViT
 
@@ -31,7 +31,7 @@ class Adapted(nn.Module):
   spec: BackboneSpec
   method: Method
   num_classes: int
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
   scan: bool = False
   remat: bool = False
 

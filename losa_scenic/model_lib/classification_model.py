@@ -173,7 +173,7 @@ def classification_metrics(
   Returns:
     {'accuracy', 'loss'[, 'per_class_accuracy']: (sum, normalizer)}; the loss is not smoothed.
   """
-  label, mask = batch['label'], batch['batch_mask']
+  label, mask = jnp.asarray(batch['label']), jnp.asarray(batch['batch_mask'])
   ids = label if label.ndim == 1 else label.argmax(-1)
   correct = jnp.where(logits.argmax(-1) == ids, mask, 0.0)
   metrics = {

@@ -20,7 +20,7 @@ from jaxtyping import Float
 
 from losa_scenic.common_lib import trees
 from losa_scenic.common_lib.activations import GELU
-from losa_scenic.common_lib.types import Array, Params, PyTree
+from losa_scenic.common_lib.types import Array, DType, Params, PyTree
 from losa_scenic.model_lib import layers, sites
 from losa_scenic.model_lib.presets import BackboneSpec
 
@@ -49,7 +49,7 @@ class Block(nn.Module):
   """One pre-norm transformer block; its parts stand at the sites of `sites.LayerSite`."""
 
   spec: BackboneSpec
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
 
   def setup(self):
     spec, linear = self.spec, functools.partial(layers.dense, dtype=self.dtype)
@@ -90,7 +90,7 @@ class Layer(nn.Module):
   inserts: Mapping[str, sites.MakeInsert]
   collect: tuple[str, ...]
   ctx: sites.Ctx
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
 
   def setup(self):
     # Made in setup, never inside an operation: a module built lazily inside an insert would be
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
   spec: BackboneSpec
   inserts: Mapping[str, sites.MakeInsert]
   collect: tuple[str, ...] = ()
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
   scan: bool = False
   remat: bool = False
 

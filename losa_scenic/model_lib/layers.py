@@ -13,19 +13,19 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from losa_scenic.common_lib.activations import GELU
-from losa_scenic.common_lib.types import Array
+from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib.presets import BackboneSpec
 
 At = Callable[[str, Callable[[Array], Array]], Callable[[Array], Array]]
 
 
-def dense(features: int, dtype: jnp.dtype, **kwargs) -> nn.Dense:
+def dense(features: int, dtype: DType, **kwargs) -> nn.Dense:
   """A linear layer [.. d] -> [.. features]; kernel xavier-uniform as in the ViT code bases."""
   kwargs.setdefault('kernel_init', nn.initializers.xavier_uniform())
   return nn.Dense(features, dtype=dtype, **kwargs)
 
 
-def layer_norm(spec: BackboneSpec, dtype: jnp.dtype) -> nn.LayerNorm:
+def layer_norm(spec: BackboneSpec, dtype: DType) -> nn.LayerNorm:
   """LayerNorm over channels; statistics in float32, output in `dtype`."""
   return nn.LayerNorm(epsilon=spec.norm_eps, dtype=dtype)
 
@@ -59,7 +59,7 @@ class PatchEmbed(nn.Module):
   """
 
   spec: BackboneSpec
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
 
   @nn.compact
   def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n d']:
@@ -80,7 +80,7 @@ class MapHead(nn.Module):
   """
 
   spec: BackboneSpec
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
 
   def setup(self):
     spec, linear = self.spec, functools.partial(dense, dtype=self.dtype)

@@ -13,7 +13,7 @@ Nesting of the sites of a layer:
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Literal, Protocol, get_args
+from typing import Literal, Protocol, get_args, runtime_checkable
 
 import flax.linen as nn
 
@@ -80,6 +80,7 @@ class Ctx:
   record: Callable[[str, Array], None] = _no_record
 
 
+@runtime_checkable
 class Insert(Protocol):
   """A module that stands around the frozen operation `f`."""
 

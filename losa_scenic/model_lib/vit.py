@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Num
 
 from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.types import Array, PyTree
+from losa_scenic.common_lib.types import Array, DType, PyTree
 from losa_scenic.model_lib import encoder, layers, sites
 from losa_scenic.model_lib.presets import BackboneSpec
 
@@ -27,7 +27,7 @@ class ViT(nn.Module):
   spec: BackboneSpec
   inserts: Mapping[str, sites.MakeInsert]
   collect: tuple[str, ...] = ()
-  dtype: jnp.dtype = jnp.float32
+  dtype: DType = jnp.float32
   scan: bool = False
   remat: bool = False
 

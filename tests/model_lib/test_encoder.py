@@ -142,7 +142,10 @@ def test_collect_puts_the_output_after_the_insert_into_seen():
 
   seen = {}
   at = sites.make_at({'fc1': Add()}, sites.Ctx(grid=(1, 1, 1)), ('fc1', 'fc2'), seen)
-  assert (at('fc1', lambda x: 2 * x)(3), at('fc2', lambda x: 5 * x)(3)) == (7, 15)
+  assert (at('fc1', lambda x: 2 * x)(jnp.int32(3)), at('fc2', lambda x: 5 * x)(jnp.int32(3))) == (
+    7,
+    15,
+  )
   assert seen == {'fc1': 7, 'fc2': 15}
 
 
