@@ -165,7 +165,7 @@ class LoSA(nn.Module):
   @nn.compact
   def __call__(
     self, run: Run, inputs: Num[Array, 'b *hw c'], *, train: bool
-  ) -> Float[Array, 'b *d']:
+  ) -> Float[Array, 'b ...']:
     encoded = run.encode(inputs, train=train)
     y = encoded.tokens if self.start == 'b_L' else encoded.embedded
     stream = [encoded.layers[site][tap] for tap in self.taps for site in self.collect]
