@@ -15,12 +15,12 @@ def get_config() -> Config:
   config.dataset_name = 'digits'
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
-  config.method_learning_rates.losa = 1e-3
+  config.method_learning_rates.losa = 3e-3
   config.method_learning_rates.linear = 1e-2
-  config.method_learning_rates.full = 1e-4
-  config.num_training_epochs = 5.0
+  config.method_learning_rates.full = 1e-3
+  config.num_training_epochs = 15.0
   config.batch_size = 32
   config.lr_configs.warmup_steps = 10
   config.optimizer_configs.weight_decay = 1e-4
-  config.log_summary_steps = 20
+  config.log_summary_steps = 25
   return config

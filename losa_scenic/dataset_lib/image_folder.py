@@ -115,7 +115,8 @@ def _find(root: pathlib.Path) -> dict[str, _ClassFiles]:
   for part in ('val', 'test'):
     for name in found.get(part, ()):
       if name not in found['train']:
-        raise errors.unknown(f'class folder {root / part / name}:', name, found['train'])
+        where = f'class folder {root / part / name} (not in train):'
+        raise errors.unknown(where, name, found['train'])
   paths = [file for classes in found.values() for files in classes.values() for file in files]
   sources.parallel(lambda i: decode.check_header(paths[i]), len(paths))
   return found

@@ -123,7 +123,7 @@ def test_wrong_folders(root):
   check(root, "'valid'. Did you mean 'val'")
   (root / 'valid').rmdir()
   write(root / 'test' / 'dgo', ['x.png'], 0)
-  check(root, "test/dgo: 'dgo'. Did you mean 'dog'")
+  check(root, r"test/dgo \(not in train\): 'dgo'. Did you mean 'dog'")
   (root / 'test' / 'dgo' / 'x.png').unlink()
   check(root, 'test/dgo: the class folder is empty')
   (root / 'test' / 'dgo').rmdir()
