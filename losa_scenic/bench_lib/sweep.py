@@ -54,6 +54,7 @@ def execute(
   environments: Sequence[dict[str, str]],
   targets: Sequence[pathlib.Path],
   grace_seconds: float = 20.0,
+  cores: Sequence[Sequence[int]] = (),
 ) -> int:
   """Runs what is unfinished, one subprocess a run, and gathers the results.
 
@@ -65,6 +66,7 @@ def execute(
     environments: environment variables that each slot adds; as many runs at a time.
     targets: files that receive a row for each finished run, rewritten whenever runs end.
     grace_seconds: how long stopped runs may take to end.
+    cores: the processor cores that each slot's runs are bound to; all of them when empty.
 
   Returns:
     Exit code: 0 if every run is finished, 1 if any failed, 128 + signal number if stopped.
@@ -73,7 +75,7 @@ def execute(
     errors.UserError: if a run's directory holds other overrides, before any run is started.
   """
   with _signals() as signals:
-    with contextlib.closing(_Pool(runs, environments, targets, grace_seconds)) as pool:
+    with contextlib.closing(_Pool(runs, environments, targets, grace_seconds, cores)) as pool:
       pool.work(signals)
     return pool.report(signals)
 
@@ -120,9 +122,10 @@ class _Pool:
     environments: Sequence[dict[str, str]],
     targets: Sequence[pathlib.Path],
     grace_seconds: float,
+    cores: Sequence[Sequence[int]],
   ):
     self._runs, self._environments, self._targets = runs, environments, targets
-    self._grace_seconds = grace_seconds
+    self._grace_seconds, self._cores = grace_seconds, cores
     self._children: list[_Child] = []
     self._rows: dict[str, results.Row] = {}
     self._failures: dict[str, str] = {}
@@ -185,6 +188,10 @@ class _Pool:
   def _start(self, run: Run, slot: int) -> None:
     results.write_object(run.directory / 'overrides.json', run.overrides)
     environment = {'PYTHONUNBUFFERED': '1', **os.environ, **self._environments[slot]}
+
+    def bind() -> None:
+      os.sched_setaffinity(0, self._cores[slot])
+
     with (run.directory / 'run.log').open('ab') as log:
       log.write(f'$ {shlex.join(run.command)}\n'.encode())
       log.flush()
@@ -195,6 +202,7 @@ class _Pool:
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment,
+        preexec_fn=bind if self._cores else None,
         start_new_session=True,  # Ctrl-C reaches the sweep only, which then ends the runs.
       )
       self._children.append(_Child(run, slot, process, offset, time.monotonic()))

@@ -378,22 +378,3 @@ def test_split_overrides():
   given = ['--slots=2', '--config.a.b=x=y', '--config=f.py', '--noconfig.c', '--config.d=']
   expected = {'config.a.b': 'x=y', 'config.c': 'False', 'config.d': ''}
   assert sweep.split_overrides(given) == (expected, ['--slots=2', '--config=f.py'])
-
-
-def test_a_finished_run_of_a_changed_config_is_refused(tmp_path):
-  quickstart = pathlib.Path(__file__).parents[2] / 'configs' / 'quickstart.py'
-  config = tmp_path / 'swept.py'
-  config.write_text(
-    quickstart.read_text()
-    + "\n\ndef get_hyper(hyper):\n  return hyper.sweep('config.rng_seed', [1])\n"
-  )
-  (run,), _ = sweep.plan(str(config), tmp_path / 'runs')
-  results.write_object(run.directory / 'overrides.json', run.overrides)
-  results.write_object(run.directory / 'summary.json', {'test_accuracy': 0.5})
-  parsed, _ = sweep.app.parse(['main', *run.command[3:]])
-  fields = sweep.run_config.resolve(parsed).to_dict()
-  results.write_object(run.directory / 'config.json', fields)
-  assert sweep.run_sweep(str(config), tmp_path / 'runs') == 0
-  config.write_text(config.read_text().replace('batch_size = 32', 'batch_size = 16'))
-  with pytest.raises(errors.UserError, match='batch_size: 32 -> 16'):
-    sweep.run_sweep(str(config), tmp_path / 'runs')
