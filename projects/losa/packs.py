@@ -43,6 +43,7 @@ def get_config(directory: str = '.') -> Config:
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
   config.method_configs.losa.rank = 64
+  config.method_configs.losa.alpha_init = 0.1
   config.method_learning_rates.losa = 3e-3
   config.method_learning_rates.linear = 3e-3
   config.method_learning_rates.full = 1e-3
@@ -68,11 +69,20 @@ def packs(hyper: SimpleNamespace, directory: str, names: tuple[str, ...]) -> lis
 
 
 def methods(hyper: SimpleNamespace) -> list[dict[str, Any]]:
-  """The methods with their epochs, as a sweep."""
-  return hyper.zipit(
+  """The methods with what is theirs alone, as a sweep."""
+  return hyper.chainit(
     [
-      hyper.sweep('config.method', list(METHODS)),
-      hyper.sweep('config.num_training_epochs', list(METHODS.values())),
+      hyper.product(
+        [
+          hyper.fixed('config.method', method),
+          hyper.fixed('config.num_training_epochs', epochs),
+          # Pulls the side network towards the identity it starts from.
+          *(
+            [hyper.fixed('config.optimizer_configs.weight_decay', 5.0)] if method == 'losa' else []
+          ),
+        ]
+      )
+      for method, epochs in METHODS.items()
     ]
   )
 
