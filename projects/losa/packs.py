@@ -43,7 +43,6 @@ def get_config(directory: str = '.') -> Config:
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
   config.method_configs.losa.rank = 64
-  config.method_configs.losa.alpha_init = 0.1
   config.method_learning_rates.losa = 3e-3
   config.method_learning_rates.linear = 3e-3
   config.method_learning_rates.full = 1e-3

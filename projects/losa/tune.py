@@ -35,7 +35,6 @@ def get_config(argument: str = '.') -> Config:
   config.dataset_configs.train_split = 'train'
   config.evaluate_test = False
   config.method_configs.losa.rank = 16
-  config.method_configs.losa.alpha_init = 1.0
   config.optimizer_configs.weight_decay = 1e-4
   return config
 
