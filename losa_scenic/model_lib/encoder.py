@@ -38,8 +38,8 @@ class Encoded:
     prefix: leading tokens that are not on the grid.
   """
 
-  tokens: Array
-  embedded: Array
+  tokens: PyTree  # An array, or its shape under `jax.eval_shape`.
+  embedded: PyTree
   layers: Mapping[str, Any]
   grid: tuple[int, int, int] = flax.struct.field(pytree_node=False)
   prefix: int = flax.struct.field(pytree_node=False)
