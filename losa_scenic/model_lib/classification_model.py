@@ -56,7 +56,7 @@ class ClassificationModel:
   def build_flax_model(self) -> Adapted:
     """The Linen module that the config describes."""
     config = self.config
-    options = (config.get('method_configs') or {}).get(config.method)
+    options = config_lib.to_dict((config.get('method_configs') or {}).get(config.method))
     method = methods.build(config.method, self.backbone.spec, options)
     loop = errors.one_of('layer_loop', config.get('layer_loop', 'auto'), LAYER_LOOPS)
     dtype = errors.one_of('model_dtype_str', config.get('model_dtype_str', 'float32'), DTYPES)

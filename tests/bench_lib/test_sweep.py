@@ -86,7 +86,9 @@ def _started(
   config: str, workdir: pathlib.Path, *more: str, stderr: int = subprocess.PIPE
 ) -> subprocess.Popen[str]:
   """The sweep's command line in a process of its own, to be sent signals."""
-  code = 'import sys; from losa_scenic import sweep; '
+  # Whoever runs the tests in the background may have had these signals ignored.
+  code = 'import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); '
+  code += 'signal.signal(signal.SIGHUP, signal.SIG_DFL); from losa_scenic import sweep; '
   code += "sys.exit(sweep.main(sys.argv[1:], main_module='fake_main'))"
   command = [sys.executable, '-c', code, f'--config={config}', f'--workdir={workdir}', *more]
   return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=stderr, text=True)
