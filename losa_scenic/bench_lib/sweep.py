@@ -188,10 +188,6 @@ class _Pool:
   def _start(self, run: Run, slot: int) -> None:
     results.write_object(run.directory / 'overrides.json', run.overrides)
     environment = {'PYTHONUNBUFFERED': '1', **os.environ, **self._environments[slot]}
-
-    def bind() -> None:
-      os.sched_setaffinity(0, self._cores[slot])
-
     with (run.directory / 'run.log').open('ab') as log:
       log.write(f'$ {shlex.join(run.command)}\n'.encode())
       log.flush()
@@ -202,10 +198,12 @@ class _Pool:
         stdout=log,
         stderr=subprocess.STDOUT,
         env=environment,
-        preexec_fn=bind if self._cores else None,
         start_new_session=True,  # Ctrl-C reaches the sweep only, which then ends the runs.
       )
       self._children.append(_Child(run, slot, process, offset, time.monotonic()))
+      if self._cores:
+        # Long before the run starts threads, which inherit it.
+        os.sched_setaffinity(process.pid, self._cores[slot])
     self.say(f'started {run.name} (slot {slot})')
 
   def _reap(self, signals: Sequence[int]) -> list[int]:
