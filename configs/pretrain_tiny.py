@@ -5,8 +5,8 @@
       --workdir=DIR
 
 Expected: 27.9 % of the 6,000 test images, after half an hour on two CPU cores.
-Training sees 30 % of the patch tokens of every image (PatchDropout), which makes a step about three
-times as fast on a CPU; evaluation sees all of them.
+Training sees 30 % of the patch tokens of every image (PatchDropout), which is what
+makes it affordable on a CPU; evaluation sees all of them.
 """
 
 from losa_scenic.common_lib.types import Config

@@ -269,9 +269,7 @@ def main(arguments: Sequence[str] | None = None, main_module: str = MAIN_MODULE)
   parser.add_argument('--workdir', required=True, metavar='DIR', help='folder of the sweep')
   parser.add_argument('--slots', type=int, default=1, metavar='N', help='runs at a time (1)')
   parser.add_argument('--devices', metavar='ID,ID', help='GPUs to share out between the slots')
-  parser.add_argument(
-    '--split-cores', action='store_true', help='a share of the cores for each slot: faster on a CPU'
-  )
+  parser.add_argument('--split-cores', action='store_true', help='bind each slot to its own cores')
   parser.add_argument('--save-results', metavar='FILE', help='copy results.jsonl to FILE as well')
   parser.add_argument('--dry-run', action='store_true', help='print the commands, start nothing')
   try:
