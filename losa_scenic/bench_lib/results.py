@@ -48,28 +48,6 @@ def write_rows(path: PathLike, rows: Iterable[Mapping[str, Any]]) -> None:
   _replace(path, text)
 
 
-def append_row(path: PathLike, row: Mapping[str, Any]) -> None:
-  """Adds one row at the end of the file in a single write, on a line of its own.
-
-  A last line that a crash left unfinished stays as it is: `read_rows` then names it.
-
-  Args:
-    path: the file; it and its folder are made if missing.
-    row: a dict of JSON values.
-
-  Raises:
-    errors.UserError: if the row holds something that JSON has no form for.
-  """
-  data = f'{_dump(row, os.fspath(path))}\n'.encode()
-  path = pathlib.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('a+b', buffering=0) as file:
-    if file.seek(0, os.SEEK_END):
-      file.seek(-1, os.SEEK_END)
-      data = data if file.read(1) == b'\n' else b'\n' + data
-    file.write(data)
-
-
 def read_object(path: PathLike) -> Row:
   """Reads a file that holds one JSON object.
 
