@@ -1,38 +1,126 @@
 """Modules that stand at sites. Each one's forward line is the paper's equation, `f` frozen.
 
-Parameters are float32 and cast to the dtype of the input at use.
+Parameters are float32 and cast to the dtype of the input at use. A leaf's name says whether weight
+decay applies to it: not to `*_bias`, `scale`, `shift`, `alpha`, `gate`.
 """
+
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float
 
+from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib.sites import Ctx, Op
 
+# A module `delta(x, ctx)` -> what is added: see `Delta`.
+MakeDelta = Callable[[], nn.Module]
+
+
+def dropout(module: nn.Module, rate: float, x: Array, train: bool) -> Array:
+  """Dropout in a compact method or a plain function of `module`: no submodule, no parameters."""
+  if not train or rate == 0:
+    return x
+  keep = jax.random.bernoulli(module.make_rng('dropout'), 1 - rate, x.shape)
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
 
 class LowRank(nn.Module):
-  """f(x) + scale * (x A) B, with A [d rank] and B [rank e] = 0 at the start.
+  """f(x) + scale * dropout(x) A B, with A [d rank], and B [rank e] = 0 at the start.
 
   At a linear site this is LoRA (Hu et al. 2021, section 4.1; their scale is alpha / rank). At
   'mlp' or 'pool_mlp' it is the path around the whole MLP that the LoSA paper calls LoRA on the MLP.
-  Trainable parameters: rank * (d + e).
+  Standing at several sites at once, it has one A for all of them and a B for each, `b_<site>`.
+  Trainable parameters: rank * (d + sum of the e).
 
   Attributes:
     rank: r.
     scale: factor of the low-rank path.
+    shared_down: whether it stands at several sites.
+    dropout: rate, on the input of the low-rank path.
   """
 
   rank: int
   scale: float = 1.0
+  shared_down: bool = False
+  dropout: float = 0.0
 
   @nn.compact
   def __call__(self, f: Op, x: Array, ctx: Ctx) -> Array:
-    del ctx
     y = f(x)
     a = self.param('a', nn.initializers.he_uniform(), (x.shape[-1], self.rank))
-    b = self.param('b', nn.initializers.zeros, (self.rank, y.shape[-1]))
+    name = f'b_{ctx.site}' if self.shared_down else 'b'
+    b = self.param(name, nn.initializers.zeros, (self.rank, y.shape[-1]))
+    x = dropout(self, self.dropout, x, ctx.train)
     return y + self.scale * (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+
+
+class Bottleneck(nn.Module):
+  """act(x W_d + b_d) W_u + b_u: what an adapter adds. W_u = 0, b = 0 at the start.
+
+  Trainable parameters: 2 d h + h + d.
+
+  Attributes:
+    hidden: h, width of the bottleneck.
+    activation: a key of `ACTIVATIONS`.
+    dropout: rate, after the activation.
+    down_init: initialiser of W_d.
+    up_init: initialiser of W_u.
+  """
+
+  hidden: int
+  activation: str
+  dropout: float = 0.0
+  down_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
+  up_init: nn.initializers.Initializer = nn.initializers.zeros
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '... d'], ctx: Ctx) -> Float[Array, '... d']:
+    d, dtype = x.shape[-1], x.dtype
+    down = self.param('down_kernel', self.down_init, (d, self.hidden)).astype(dtype)
+    down_bias = self.param('down_bias', nn.initializers.zeros, (self.hidden,)).astype(dtype)
+    up = self.param('up_kernel', self.up_init, (self.hidden, d)).astype(dtype)
+    up_bias = self.param('up_bias', nn.initializers.zeros, (d,)).astype(dtype)
+    x = dropout(self, self.dropout, ACTIVATIONS[self.activation](x @ down + down_bias), ctx.train)
+    return x @ up + up_bias
+
+
+class Delta(nn.Module):
+  """Adds something before, beside or after a frozen operation.
+
+    before: f(x + s delta(x));  beside: f(x) + s delta(x);  after: y + s delta(y) with y = f(x)
+
+  Attributes:
+    make: makes the module `delta(x, ctx)`.
+    place: 'before', 'beside' or 'after'.
+    scale: s.
+  """
+
+  make: MakeDelta
+  place: str
+  scale: float = 1.0
+
+  def setup(self):
+    errors.one_of('place', self.place, ('before', 'beside', 'after'))
+    self.delta = self.make()
+
+  def __call__(self, f: Op, x: Array, ctx: Ctx) -> Array:
+    if self.place == 'before':
+      return f(x + self.scale * self.delta(x, ctx))
+    y = f(x)
+    return y + self.scale * self.delta(x if self.place == 'beside' else y, ctx)
+
+
+def uniform(bound: float) -> nn.initializers.Initializer:
+  """Initialiser: uniform in (-bound, bound)."""
+
+  def init(key: Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32) -> Array:
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
 
 
 class TokenDropout(nn.Module):

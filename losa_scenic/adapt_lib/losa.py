@@ -102,7 +102,7 @@ def build(
     gelu=spec.gelu,
   )
   low_rank = functools.partial(inserts.LowRank, rank=map_head_lora_rank)
-  head: dict[str, sites.MakeInsert] = (
+  head: dict[sites.Where, sites.MakeInsert] = (
     dict.fromkeys(sites.MAP_HEAD_SITES, low_rank) if map_head_lora_rank else {}
   )
   return Method(inserts=head, collect=ACTIVATIONS[activation], side=side, exact_at_init=y0 == 'b_L')

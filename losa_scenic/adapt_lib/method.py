@@ -7,7 +7,7 @@ optimised or saved.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -30,11 +30,17 @@ class Run:
 
   Attributes:
     encode: `encode(images, per_layer=None, train=False)` -> `Encoded`.
-    features: `features(tokens, train=False)`: final norm and pooling, [b n d] -> [b d].
+    normed: `normed(tokens, train=False)`: final norm, [b n d] -> [b n d].
+    pooled: `pooled(tokens, train=False)`: pooling of normed tokens, [b n d] -> [b d].
   """
 
   encode: Callable[..., Encoded]
-  features: Callable[..., Array]
+  normed: Callable[..., Array]
+  pooled: Callable[..., Array]
+
+  def features(self, tokens: Array, *, train: bool = False) -> Array:
+    """Final norm and pooling, [b n d] -> [b d]."""
+    return self.pooled(self.normed(tokens, train=train), train=train)
 
 
 @runtime_checkable
@@ -50,36 +56,66 @@ def nothing(path: str) -> bool:
   return False
 
 
+# What training costs, by what passes through the backbone.
+MEMORY_CLASSES = {
+  'A': 'backbone forward only',
+  'B': 'gradients in the last layers only',
+  'C': 'activation gradients through the whole depth',
+  'D': 'activation gradients, and gradients of backbone weights',
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
   """An adaptation method.
 
   Attributes:
-    inserts: the module that stands at each site (its parameters train).
+    inserts: the module that stands at each site (its parameters train); see `sites`.
     shared: makes a module whose output every insert receives as `ctx.shared`, or None.
     collect: layer sites whose outputs the side network reads.
     side: makes the side network, or None.
     trains: says of each path in the backbone, e.g. 'encoder/layers/block/fc1/bias', whether it
-      trains. It must not depend on the layout: a layer's component is 'layers' or 'layers_<i>'.
+      trains. A layer's component is 'layers' or 'layers_<i>', and unless `unrolled` the answer must
+      not depend on which.
+    unrolled: the method treats layers differently, so they cannot be scanned.
+    first: no gradient enters the layers before this one (0-based). The depth of the backbone for
+      methods that spare all of it, 0 for those that reach down to the first layer.
+    adds_tokens: layers see more tokens than the model's own, so no side network can read them.
     exact_at_init: whether the adapted model's features equal the frozen one's before training.
   """
 
-  inserts: Mapping[str, sites.MakeInsert] = dataclasses.field(default_factory=dict)
+  inserts: sites.Inserts = dataclasses.field(default_factory=dict)
   shared: Callable[[], nn.Module] | None = None
   collect: tuple[str, ...] = ()
   side: Callable[[], nn.Module] | None = None
   trains: Callable[[str], bool] = nothing
+  unrolled: bool = False
+  first: int = 0
+  adds_tokens: bool = False
   exact_at_init: bool = True
 
   def __post_init__(self):
     sites.check(self.inserts)
     sites.check_layer_sites(self.collect)
+    if sites.differ_by_layer(self.inserts) and not self.unrolled:
+      raise ValueError('Inserts that differ by layer need unrolled=True.')
 
   @property
   def spares_backbone(self) -> bool:
     """Whether no gradient enters the encoder: it is only ever run forward (memory class A)."""
-    after_encoder = ('norm', 'pool', *sites.MAP_HEAD_SITES)
-    return self.trains is nothing and all(site in after_encoder for site in self.inserts)
+    after_encoder = {'norm', 'pool', *sites.MAP_HEAD_SITES}
+    return self.trains is nothing and all(
+      after_encoder.issuperset(sites.sites_of(where)) for where in self.inserts
+    )
+
+  @property
+  def memory_class(self) -> str:
+    """What training keeps of the backbone: see `MEMORY_CLASSES`."""
+    if self.spares_backbone:
+      return 'A'
+    if self.first:
+      return 'B'
+    return 'C' if self.trains is nothing else 'D'
 
 
 def _is_trainable(path: str, method: Method) -> bool:

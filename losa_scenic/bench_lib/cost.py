@@ -49,7 +49,7 @@ def forward_flops(model: Adapted, batch_size: int) -> float:
 def adapted_forward_flops(model: Adapted, batch_size: int) -> float:
   """Operations of the adapted model, images -> logits."""
   model = model.clone(scan=False)
-  variables = {'params': model.param_shapes()}
+  variables = {'params': model.param_shapes(), **model.init_model_state()}
   return flops(model.apply, variables, _inputs(model, batch_size))
 
 
@@ -71,7 +71,8 @@ def step_flops(model: Adapted, batch_size: int) -> float:
   """Operations of the real train step with AdamW: forward, backward, update, metrics."""
   model, tx = model.clone(scan=False), optax.adamw(1e-3)
   trainable, frozen = partition(model.param_shapes(), model.method)
-  state = jax.eval_shape(lambda t: TrainState.create(t, tx, jax.random.key(0)), trainable)
+  key, model_state = jax.random.key(0), model.init_model_state()
+  state = jax.eval_shape(lambda t: TrainState.create(t, tx, key, model_state), trainable)
   step = functools.partial(
     steps.train_step,
     flax_model=model,
@@ -170,6 +171,7 @@ def _loss(logits: Array, batch: Any) -> Array:
 
 def _residuals(model: Adapted, batch_size: int, encoded: Encoded | None) -> list[Residual]:
   trainable, frozen = partition(model.param_shapes(), model.method)
+  model_state = model.init_model_state()
 
   def backward(trainable: Params, frozen: Params, batch: Any, encoded: Encoded | None) -> Any:
     def given(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
@@ -177,10 +179,12 @@ def _residuals(model: Adapted, batch_size: int, encoded: Encoded | None) -> list
       return encoded if is_encoder and encoded is not None else call(*args, **kwargs)
 
     def loss(trainable: Params) -> Array:
-      variables = {'params': combine(trainable, frozen)}
+      variables = {'params': combine(trainable, frozen), **model_state}
       with nn.intercept_methods(given):
         rngs = {'dropout': jax.random.key(0)}
-        logits: Any = model.apply(variables, batch['inputs'], train=True, rngs=rngs)
+        logits, _ = model.apply(
+          variables, batch['inputs'], train=True, rngs=rngs, mutable=list(model_state)
+        )
         return _loss(logits, batch)
 
     return jax.vjp(loss, trainable)[1]

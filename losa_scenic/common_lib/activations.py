@@ -12,3 +12,18 @@ GELU: dict[str, Callable[[Array], Array]] = {
   'tanh': functools.partial(jax.nn.gelu, approximate=True),
   'erf': functools.partial(jax.nn.gelu, approximate=False),
 }
+
+
+def quick_gelu(x: Array) -> Array:
+  """x sigmoid(1.702 x)."""
+  return x * jax.nn.sigmoid(1.702 * x)
+
+
+# What the bottlenecks of the methods use, by name.
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  'relu': jax.nn.relu,
+  'gelu_tanh': GELU['tanh'],
+  'gelu_erf': GELU['erf'],
+  'quick_gelu': quick_gelu,
+  'none': lambda x: x,
+}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
 
 import ml_collections
+from ml_collections import config_dict
 
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
@@ -25,6 +26,22 @@ def options(fn: Callable[..., Any]) -> set[str]:
   """Names of the keyword-only arguments of `fn`: the options a user may set."""
   parameters = inspect.signature(fn).parameters.values()
   return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def placeholders(fn: Callable[..., Any]) -> Config:
+  """A config block with the options of `fn`, none of them given, typed as `fn` annotates them.
+
+  An option that may be a number or a name ('int | str') is a string in a config.
+  """
+  block = ml_collections.ConfigDict()
+  for name in sorted(options(fn)):
+    annotation = inspect.signature(fn).parameters[name].annotation
+    allowed = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    kind = next((kind for kind in (str, float, int, bool) if kind in allowed), None)
+    if kind is None:
+      raise TypeError(f'{fn}: option {name} is neither a number, a string nor a bool.')
+    block[name] = config_dict.placeholder(kind)
+  return block
 
 
 def build(

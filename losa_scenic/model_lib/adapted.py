@@ -8,13 +8,15 @@ import jax.numpy as jnp
 from jaxtyping import Float, Num
 
 from losa_scenic.adapt_lib.method import Method, Run, partition
+from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType
+from losa_scenic.model_lib import sites
 from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.vit import ViT
 
 
 class Adapted(nn.Module):
-  """An adapted image classifier.
+  """An adapted classifier of images or clips.
 
   Parameters: `backbone/...` (with `insert_<site>` subtrees where the method has inserts),
   `side/...`, `shared/...`, and the classifier `output_projection`.
@@ -36,6 +38,10 @@ class Adapted(nn.Module):
   remat: bool = False
 
   def setup(self):
+    if self.scan and self.method.unrolled:
+      raise errors.UserError(
+        "This method treats layers differently: they cannot be scanned (layer_loop 'unroll')."
+      )
     self.backbone = ViT(
       self.spec,
       self.method.inserts,
@@ -50,23 +56,26 @@ class Adapted(nn.Module):
       self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32
     )
 
-  def features(self, inputs: Num[Array, 'b *hw c'], *, train: bool = False) -> Float[Array, 'b d']:
+  def features(self, inputs: Num[Array, 'b *thw c'], *, train: bool = False) -> Float[Array, 'b d']:
     """The pooled features that the classifier sees."""
     shared = self.shared() if self.shared is not None else None
 
     def encode(images: Array, *, per_layer: Any = None, train: bool = False):
       return self.backbone.encode(images, per_layer=per_layer, shared=shared, train=train)
 
-    def features(tokens: Array, *, train: bool = False) -> Array:
-      return self.backbone.features(tokens, shared=shared, train=train)
+    def normed(tokens: Array, *, train: bool = False) -> Array:
+      return self.backbone.normed(tokens, shared=shared, train=train)
 
-    run = Run(encode=encode, features=features)
+    def pooled(tokens: Array, *, train: bool = False) -> Array:
+      return self.backbone.pooled(tokens, shared=shared, train=train)
+
+    run = Run(encode=encode, normed=normed, pooled=pooled)
     if self.side is not None:
       return self.side(run, inputs, train=train)
     return run.features(run.encode(inputs, train=train).tokens, train=train)
 
   def __call__(
-    self, inputs: Num[Array, 'b *hw c'], *, train: bool = False, debug: bool = False
+    self, inputs: Num[Array, 'b *thw c'], *, train: bool = False, debug: bool = False
   ) -> Float[Array, 'b classes']:
     """Logits, float32. `debug` is part of Scenic's signature and has no effect."""
     del debug
@@ -74,7 +83,7 @@ class Adapted(nn.Module):
 
   def input_shape(self, batch: int = 1) -> tuple[int, ...]:
     """Shape of a batch of inputs."""
-    return (batch, self.spec.image_size, self.spec.image_size, 3)
+    return (batch, *self.spec.input_shape)
 
   def param_shapes(self) -> dict[str, Any]:
     """All parameters as `jax.ShapeDtypeStruct`s; nothing is allocated.
@@ -92,7 +101,8 @@ class Adapted(nn.Module):
     inputs = jax.ShapeDtypeStruct(self.input_shape(), jnp.float32)
     with nn.intercept_methods(note):
       shapes = jax.eval_shape(self.init, jax.random.key(0), inputs)['params']
-    unreached = [site for site in self.method.inserts if f'insert_{site}' not in called]
+    names = [sites.name_of(where) for where in self.method.inserts]
+    unreached = [name for name in names if f'insert_{name}' not in called]
     if unreached:
       raise ValueError(f'No pass through the model reaches the inserts at {unreached}.')
     return shapes
@@ -105,3 +115,16 @@ class Adapted(nn.Module):
       return partition(self.init(rng, inputs)['params'], self.method)[0]
 
     return jax.jit(init)(rng)
+
+  def init_model_state(self) -> dict[str, Any]:
+    """Variables that are no parameters, such as running means of a BatchNorm; {} for most methods.
+
+    They start at constants: no random numbers are involved.
+    """
+    inputs = jnp.zeros(self.input_shape(), jnp.float32)
+
+    def init() -> dict[str, Any]:
+      variables = self.init(jax.random.key(0), inputs)
+      return {name: values for name, values in variables.items() if name != 'params'}
+
+    return jax.jit(init)() if jax.eval_shape(init) else {}

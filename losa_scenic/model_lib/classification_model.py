@@ -56,8 +56,7 @@ class ClassificationModel:
   def build_flax_model(self) -> Adapted:
     """The Linen module that the config describes."""
     config = self.config
-    options = config_lib.to_dict((config.get('method_configs') or {}).get(config.method))
-    method = methods.build(config.method, self.backbone.spec, options)
+    method = methods.build(config.method, self.backbone.spec, methods.options(config))
     loop = errors.one_of('layer_loop', config.get('layer_loop', 'auto'), LAYER_LOOPS)
     dtype = errors.one_of('model_dtype_str', config.get('model_dtype_str', 'float32'), DTYPES)
     return Adapted(
@@ -66,7 +65,7 @@ class ClassificationModel:
       num_classes=self.dataset_meta_data['num_classes'],
       dtype=jnp.dtype(dtype),
       # Unrolled layers run faster; compiling a backward pass through them takes long.
-      scan=not method.spares_backbone if loop == 'auto' else loop == 'scan',
+      scan=not (method.spares_backbone or method.unrolled) if loop == 'auto' else loop == 'scan',
       remat=config.get('remat', False),
     )
 

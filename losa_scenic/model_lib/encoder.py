@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from losa_scenic.common_lib import trees
+from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType, Params, PyTree
 from losa_scenic.model_lib import layers, sites
@@ -33,7 +33,8 @@ class Encoded:
     tokens: output of the last block, before the final norm, [b n d].
     embedded: input of the first block (b_0), [b n d].
     layers: collected site outputs and recorded values by name; `layers[name][i]` is layer i's,
-      [b n d] each (one stacked array when scanned, a tuple when unrolled).
+      [b n d] each (one stacked array when scanned, a tuple when unrolled, with None for a layer
+      that recorded nothing of that name).
     grid: token grid (t, h, w) of `tokens` without its first `prefix` ones.
     prefix: leading tokens that are not on the grid.
   """
@@ -61,9 +62,13 @@ class Block(nn.Module):
     self.fc2 = linear(spec.width, bias_init=mlp_bias)
 
   def __call__(self, x: Float[Array, 'b n d'], at: layers.At) -> Float[Array, 'b n d']:
+    def attend(qkv: Any) -> Array:
+      q, k, v, *mask = qkv
+      return layers.attention(q, k, v, self.spec.heads, *mask)
+
     def attn(u: Array) -> Array:
       q, k, v = (at(name, getattr(self, name))(u) for name in ('query', 'key', 'value'))
-      return at('out', self.out)(layers.attention(q, k, v, self.spec.heads))
+      return at('out', self.out)(at('attend', attend)((q, k, v)))
 
     def mlp(u: Array) -> Array:
       return at('fc2', self.fc2)(GELU[self.spec.gelu](at('fc1', self.fc1)(u)))
@@ -87,7 +92,7 @@ class Layer(nn.Module):
   """
 
   spec: BackboneSpec
-  inserts: Mapping[str, sites.MakeInsert]
+  inserts: sites.LayerInserts
   collect: tuple[str, ...]
   ctx: sites.Ctx
   dtype: DType = jnp.float32
@@ -96,14 +101,14 @@ class Layer(nn.Module):
     # Made in setup, never inside an operation: a module built lazily inside an insert would be
     # adopted by the insert, and frozen weights would move into its subtree.
     self.block = Block(self.spec, dtype=self.dtype)
-    self.insert = {site: make() for site, make in self.inserts.items()}
+    self.insert = {sites.name_of(where): make() for where, make in self.inserts.items()}
 
   def __call__(
     self, x: Float[Array, 'b n d'], layer: PyTree | None, shared: PyTree | None
-  ) -> tuple[Float[Array, 'b n d'], dict[str, Array]]:
+  ) -> tuple[Float[Array, 'b m d'], dict[str, Array]]:
     seen: dict[str, Array] = {}
     ctx = dataclasses.replace(self.ctx, layer=layer, shared=shared, record=seen.__setitem__)
-    x = self.block(x, sites.make_at(self.insert, ctx, self.collect, seen))
+    x = self.block(x, sites.make_at(sites.by_site(self.insert), ctx, self.collect, seen))
     return x, seen
 
 
@@ -112,7 +117,7 @@ class Encoder(nn.Module):
 
   Attributes:
     spec: geometry.
-    inserts: what stands at each layer site, in every layer.
+    inserts: what stands at each layer site; in every layer the same, unless it is `PerLayer`.
     collect: layer sites whose outputs are returned.
     dtype: dtype of compute.
     scan: scan over stacked layers, or unroll over per-layer leaves.
@@ -120,7 +125,7 @@ class Encoder(nn.Module):
   """
 
   spec: BackboneSpec
-  inserts: Mapping[str, sites.MakeInsert]
+  inserts: sites.Inserts
   collect: tuple[str, ...] = ()
   dtype: DType = jnp.float32
   scan: bool = False
@@ -133,7 +138,7 @@ class Encoder(nn.Module):
     ctx: sites.Ctx,
     per_layer: PyTree | None = None,
     shared: PyTree | None = None,
-  ) -> tuple[Float[Array, 'b n d'], dict[str, Any]]:
+  ) -> tuple[Float[Array, 'b m d'], dict[str, Any]]:
     """Runs all layers.
 
     Args:
@@ -143,19 +148,26 @@ class Encoder(nn.Module):
       shared: optional values handed to every layer's inserts.
 
     Returns:
-      The last layer's output and {name: collected or recorded values, indexable by layer}.
+      The last layer's output (m tokens, n unless inserts add some) and {name: collected or recorded
+      values, indexable by layer}.
+
+    Raises:
+      errors.UserError: for a scan of layers that differ.
     """
     sites.check_layer_sites(self.collect)
+    if self.scan and sites.differ_by_layer(self.inserts):
+      raise errors.UserError('The layers of this method differ: they cannot be scanned.')
     # prevent_cse is only needed outside a scan.
     body = nn.remat(Layer, prevent_cse=not self.scan) if self.remat else Layer
-    make = functools.partial(body, self.spec, self.inserts, self.collect, ctx, dtype=self.dtype)
     if not self.scan:
       seen = []
       for i in range(self.spec.depth):
-        layer = jax.tree.map(lambda a, i=i: a[i], per_layer)
-        x, values = make(name=f'layers_{i}')(x, layer, shared)
+        inserts = sites.of_layer(self.inserts, i)
+        module = body(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name=f'layers_{i}')
+        x, values = module(x, jax.tree.map(lambda a, i=i: a[i], per_layer), shared)
         seen.append(values)
-      return x, {name: tuple(values[name] for values in seen) for name in seen[0]}
+      names = dict.fromkeys(name for values in seen for name in values)
+      return x, {name: tuple(values.get(name) for values in seen) for name in names}
     scanned = nn.scan(
       body,
       variable_axes={'params': 0},
@@ -163,7 +175,8 @@ class Encoder(nn.Module):
       in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax's type is too narrow)
       length=self.spec.depth,
     )
-    return scanned(self.spec, self.inserts, self.collect, ctx, dtype=self.dtype, name='layers')(
+    inserts = sites.of_layer(self.inserts, 0)
+    return scanned(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name='layers')(
       x, per_layer, shared
     )
 

@@ -6,17 +6,18 @@ at load). Every layer casts its parameters and its input to `dtype`, the dtype o
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib.presets import BackboneSpec
 
-At = Callable[[str, Callable[[Array], Array]], Callable[[Array], Array]]
+At = Callable[[str, Callable[[Any], Array]], Callable[[Any], Array]]
 
 
 def dense(features: int, dtype: DType, **kwargs) -> nn.Dense:
@@ -36,25 +37,32 @@ def split_heads(x: Float[Array, 'b n d'], heads: int) -> Float[Array, 'b n h e']
 
 
 def attention(
-  q: Float[Array, 'b n d'], k: Float[Array, 'b m d'], v: Float[Array, 'b m d'], heads: int
+  q: Float[Array, 'b n d'],
+  k: Float[Array, 'b m d'],
+  v: Float[Array, 'b m d'],
+  heads: int,
+  mask: Bool[Array, '#b 1 #n m'] | None = None,
 ) -> Float[Array, 'b n d']:
-  """softmax(q k^T / sqrt(d / heads)) v, per head; the softmax is computed in float32."""
+  """softmax(q k^T / sqrt(d / heads)) v, per head; the softmax is computed in float32.
+
+  With a mask, query i sees only the keys where it is True.
+  """
   dtype = q.dtype
   # On CPU XLA has no product of float16 matrices with float32 sums.
   if dtype == jnp.float16 and jax.default_backend() == 'cpu':
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   y = jax.nn.dot_product_attention(
-    split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
+    split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), mask=mask
   )
   return y.reshape(q.shape).astype(dtype)
 
 
 class PatchEmbed(nn.Module):
-  """Cuts images into patches and projects each: a reshape and one matrix product.
+  """Cuts images into patches, or clips into tubelets, and projects each: one matrix product.
 
   Attributes:
-    spec: geometry; the kernel is [patch * patch * 3, d], the row order (y, x, channel) being that
-      of a flattened [patch, patch, 3, d] convolution kernel.
+    spec: geometry; the kernel is [tubelet * patch * patch * 3, d], the row order (t, y, x, channel)
+      being that of a flattened [tubelet, patch, patch, 3, d] convolution kernel.
     dtype: dtype of compute.
   """
 
@@ -62,11 +70,14 @@ class PatchEmbed(nn.Module):
   dtype: DType = jnp.float32
 
   @nn.compact
-  def __call__(self, images: Float[Array, 'b h w 3']) -> Float[Array, 'b n d']:
-    b, height, width, channels = images.shape
-    p = self.spec.patch
-    x = images.astype(self.dtype).reshape(b, height // p, p, width // p, p, channels)
-    x = x.transpose(0, 1, 3, 2, 4, 5).reshape(b, (height // p) * (width // p), p * p * channels)
+  def __call__(self, images: Float[Array, 'b *thw 3']) -> Float[Array, 'b n d']:
+    """Images [b h w 3] or clips [b t h w 3] -> tokens, time slowest."""
+    x = images.astype(self.dtype)
+    x = x[:, None] if x.ndim == 4 else x
+    b, frames, height, width, channels = x.shape
+    p, t = self.spec.patch, self.spec.tubelet
+    x = x.reshape(b, frames // t, t, height // p, p, width // p, p, channels)
+    x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, t * p * p * channels)
     return dense(
       self.spec.width, self.dtype, kernel_init=nn.initializers.lecun_normal(), name='proj'
     )(x)

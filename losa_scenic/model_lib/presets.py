@@ -1,6 +1,7 @@
 """Backbone geometry: `BackboneSpec` and the table of named variants.
 
-A name is `<variant>/<patch>`: 'B/16', 'g/14', 'Ti/8'.
+A name is `<variant>/<patch>`: 'B/16', 'g/14', 'Ti/8'; or, for clips, `vivit-<variant>/<patch>x<t>`
+with tubelets of t frames: 'vivit-g/14x2'.
 """
 
 import dataclasses
@@ -25,6 +26,8 @@ class BackboneSpec:
     heads: attention heads; divides `width`.
     patch: side of a square patch in pixels.
     image_size: side of the square input in pixels; a multiple of `patch`.
+    frames: frames of a clip, or 0 for images; a multiple of `tubelet`.
+    tubelet: frames of a patch.
     pool: 'cls' (class token), 'gap' (mean over patch tokens) or 'map' (attention pooling).
     class_token: whether a class token is prepended before the position embedding.
     gelu: 'tanh' (the JAX checkpoints were trained with it) or 'erf'.
@@ -40,6 +43,8 @@ class BackboneSpec:
   heads: int
   patch: int
   image_size: int = 224
+  frames: int = 0
+  tubelet: int = 1
   pool: str = 'cls'
   class_token: bool = True
   gelu: str = 'tanh'
@@ -50,7 +55,7 @@ class BackboneSpec:
   def __post_init__(self):
     errors.one_of('pooling', self.pool, POOLS)
     errors.one_of('gelu', self.gelu, GELUS)
-    for field in ('width', 'depth', 'mlp', 'heads', 'patch', 'image_size'):
+    for field in ('width', 'depth', 'mlp', 'heads', 'patch', 'image_size', 'tubelet'):
       if getattr(self, field) < 1:
         raise errors.UserError(f'Backbone {field} must be at least 1, got {getattr(self, field)}.')
     if self.width % self.heads:
@@ -59,14 +64,24 @@ class BackboneSpec:
       raise errors.UserError(
         f'Image size {self.image_size} is not a multiple of the patch size {self.patch}.'
       )
+    if self.frames < 0 or (self.frames or 1) % self.tubelet:
+      raise errors.UserError(
+        f'{self.frames} frames are not a multiple of the tubelet length {self.tubelet}.'
+      )
     if self.pool == 'cls' and not self.class_token:
       raise errors.UserError("Pooling 'cls' needs class_token=True.")
 
   @property
   def grid(self) -> tuple[int, int, int]:
-    """Token grid (t, h, w) of an input of `image_size`."""
+    """Token grid (t, h, w) of an input of `image_size`; t is 1 for images."""
     side = self.image_size // self.patch
-    return (1, side, side)
+    return ((self.frames or 1) // self.tubelet, side, side)
+
+  @property
+  def input_shape(self) -> tuple[int, ...]:
+    """Shape of one input: [h w 3], or [t h w 3] of a clip."""
+    image = (self.image_size, self.image_size, 3)
+    return (self.frames, *image) if self.frames else image
 
   @property
   def prefix(self) -> int:
@@ -141,29 +156,38 @@ PUBLISHED_PATCH = {
 _IMAGE_SIZE = {'test': 32, 'Mi': 64}  # the others: 224
 
 
+_FRAMES = {'test': 4}  # the others: 32
+
+
 def names() -> list[str]:
   """The presets at their published patch size, e.g. 'B/16'; any other patch size works too."""
-  return [f'{variant}/{patch}' for variant, patch in PUBLISHED_PATCH.items()]
+  images = [f'{variant}/{patch}' for variant, patch in PUBLISHED_PATCH.items()]
+  return images + [f'vivit-{name}x2' for name in images if _VARIANTS[name.split('/')[0]].depth > 6]
 
 
 def preset(name: str, **changes: Any) -> BackboneSpec:
   """The spec of a named preset.
 
   Args:
-    name: '<variant>/<patch>', e.g. 'B/16'.
+    name: '<variant>/<patch>', e.g. 'B/16', or 'vivit-<variant>/<patch>x<tubelet>': clips of 32
+      frames, no class token, MAP head (as in Table 2 of the LoSA paper).
     **changes: fields to change, e.g. image_size=64 or pool='gap'. Without an explicit
       `class_token`, it is kept exactly when the pooling is 'cls'.
 
   Raises:
     errors.UserError: for an unknown variant or field.
   """
-  match = re.fullmatch(r'(\w+)/(\d+)', name)
-  if not match or match[1] not in _VARIANTS:
+  match = re.fullmatch(r'(?P<video>vivit-)?(\w+)/(\d+)(?(video)x(\d+))', name)
+  if not match or match[2] not in _VARIANTS:
     raise errors.unknown('backbone', name, names())
-  fields = dataclasses.asdict(_VARIANTS[match[1]]) | changes
+  _, variant, patch, tubelet = match.groups()
+  fields = dataclasses.asdict(_VARIANTS[variant])
+  if tubelet:
+    fields |= {'pool': 'map', 'frames': _FRAMES.get(variant, 32), 'tubelet': int(tubelet)}
+  fields |= changes
   for key in changes:
     errors.one_of('backbone field', key, (f.name for f in dataclasses.fields(BackboneSpec)))
   fields.setdefault('class_token', fields['pool'] == 'cls')
-  if match[1] in _IMAGE_SIZE:
-    fields.setdefault('image_size', _IMAGE_SIZE[match[1]])
-  return BackboneSpec(name=name, patch=int(match[2]), **fields)
+  if variant in _IMAGE_SIZE:
+    fields.setdefault('image_size', _IMAGE_SIZE[variant])
+  return BackboneSpec(name=name, patch=int(patch), **fields)

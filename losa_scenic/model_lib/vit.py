@@ -1,6 +1,8 @@
-"""Image ViT: patches -> encoder -> final norm -> pooling. Dosovitskiy et al. 2021, section 3.1."""
+"""ViT: patches -> encoder -> final norm -> pooling. Dosovitskiy et al. 2021, section 3.1.
 
-from collections.abc import Mapping
+With frames in the spec, tubelets of a clip take the place of patches and all tokens attend to each
+other: the unfactorised space-time ViViT (Arnab et al. 2021, section 3.3, model 1).
+"""
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -25,7 +27,7 @@ class ViT(nn.Module):
   """
 
   spec: BackboneSpec
-  inserts: Mapping[str, sites.MakeInsert]
+  inserts: sites.Inserts
   collect: tuple[str, ...] = ()
   dtype: DType = jnp.float32
   scan: bool = False
@@ -34,7 +36,8 @@ class ViT(nn.Module):
   def setup(self):
     spec = self.spec
     outer, inner = sites.split(self.inserts)
-    unreachable = set(outer) & set(sites.MAP_HEAD_SITES)
+    named = {site for where in outer for site in sites.sites_of(where)}
+    unreachable = named & set(sites.MAP_HEAD_SITES)
     if unreachable and spec.pool != 'map':
       raise errors.UserError(
         f"Sites {sorted(unreachable)} exist only with pooling 'map'; this backbone pools by "
@@ -52,14 +55,17 @@ class ViT(nn.Module):
     self.norm = layers.layer_norm(spec, self.dtype)
     if spec.pool == 'map':
       self.map_head = layers.MapHead(spec, dtype=self.dtype)
-    self.insert = {site: make() for site, make in outer.items()}
+    self.insert = {sites.name_of(where): make() for where, make in outer.items()}
 
   def _ctx(self, train: bool, shared: PyTree | None) -> sites.Ctx:
     return sites.Ctx(grid=self.spec.grid, prefix=self.spec.prefix, train=train, shared=shared)
 
+  def _at(self, train: bool, shared: PyTree | None) -> layers.At:
+    return sites.make_at(sites.by_site(self.insert), self._ctx(train, shared))
+
   def encode(
     self,
-    images: Num[Array, 'b h w c'],
+    images: Num[Array, 'b *thw c'],
     *,
     per_layer: PyTree | None = None,
     shared: PyTree | None = None,
@@ -68,8 +74,8 @@ class ViT(nn.Module):
     """Runs the encoder.
 
     Args:
-      images: integers in [0, 255], normalised here with the spec's mean and std, or floats that
-        are already normalised.
+      images: [b h w 3] or, with frames, [b t h w 3]; integers in [0, 255], normalised here with
+        the spec's mean and std, or floats that are already normalised.
       per_layer: optional signal to each layer's inserts, leading axis [depth].
       shared: optional signal to all layers' inserts.
       train: whether this is a training pass.
@@ -81,12 +87,12 @@ class ViT(nn.Module):
       errors.UserError: if the image size is not that of the position embedding.
     """
     spec = self.spec
-    if images.shape[1:] != (spec.image_size, spec.image_size, 3):
+    if images.shape[1:] != spec.input_shape:
       raise errors.UserError(
         f'Images are {list(images.shape[1:])}, but the position embedding of backbone '
-        f"'{spec.name}' is for [{spec.image_size}, {spec.image_size}, 3]."
+        f"'{spec.name}' is for {list(spec.input_shape)}."
       )
-    at = sites.make_at(self.insert, self._ctx(train, shared))
+    at = self._at(train, shared)
     x = at('patch', self.patch)(normalize(images, spec))
     if spec.class_token:
       cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, spec.width))
@@ -103,26 +109,40 @@ class ViT(nn.Module):
     tokens = at('encoder', run)(embedded)
     return encoder.Encoded(tokens, embedded, seen, spec.grid, spec.prefix)
 
-  def features(
+  def normed(
+    self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
+  ) -> Float[Array, 'b n d']:
+    """Final norm of tokens in the place of the last block's output."""
+    return self._at(train, shared)('norm', self.norm)(tokens.astype(self.dtype))
+
+  def pooled(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b d']:
-    """Final norm and pooling of tokens [b n d] in the place of the last block's output."""
-    at = sites.make_at(self.insert, self._ctx(train, shared))
-    x = at('norm', self.norm)(tokens.astype(self.dtype))
+    """Pooling of tokens after the final norm. The mean is over the grid's tokens alone."""
+    at = self._at(train, shared)
 
     def pool(x: Array) -> Array:
       if self.spec.pool == 'map':
         return self.map_head(x, at)
-      return x[:, 0] if self.spec.pool == 'cls' else x[:, self.spec.prefix :].mean(axis=1)
+      if self.spec.pool == 'cls':
+        return x[:, 0]
+      return x[:, self.spec.prefix : self.spec.tokens].mean(axis=1)
 
-    return at('pool', pool)(x)
+    return at('pool', pool)(tokens)
 
-  def __call__(self, images: Num[Array, 'b h w c'], *, train: bool = False) -> Float[Array, 'b d']:
+  def features(
+    self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
+  ) -> Float[Array, 'b d']:
+    """Final norm and pooling of tokens in the place of the last block's output."""
+    tokens = self.normed(tokens, shared=shared, train=train)
+    return self.pooled(tokens, shared=shared, train=train)
+
+  def __call__(self, images: Num[Array, 'b *thw c'], *, train: bool = False) -> Float[Array, 'b d']:
     """Images -> pooled features."""
     return self.features(self.encode(images, train=train).tokens, train=train)
 
 
-def normalize(images: Num[Array, 'b h w c'], spec: BackboneSpec) -> Float[Array, 'b h w c']:
+def normalize(images: Num[Array, 'b *thw c'], spec: BackboneSpec) -> Float[Array, 'b *thw c']:
   """Integer images in [0, 255] -> (x / 255 - mean) / std in float32; floats pass unchanged."""
   if not jnp.issubdtype(images.dtype, jnp.integer):
     return images

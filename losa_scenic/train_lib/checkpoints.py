@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.train_lib.state import TrainState
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def _to_tree(state: TrainState) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def _to_tree(state: TrainState) -> dict[str, Any]:
     'trainable': state.trainable,
     'opt_state': {str(i): leaf for i, leaf in enumerate(jax.tree.leaves(state.opt_state))},
     'rng': state.rng,
+    **({'model_state': state.model_state} if state.model_state else {}),
   }
 
 
@@ -43,6 +44,7 @@ def _from_tree(tree: dict[str, Any], like: TrainState) -> TrainState:
     global_step=tree['global_step'],
     trainable=tree['trainable'],
     opt_state=jax.tree.unflatten(structure, leaves),
+    model_state=tree.get('model_state', {}),
     rng=tree['rng'],
   )
 

@@ -38,9 +38,8 @@ def evaluate(
   batches = getattr(dataset, f'{split}_ds')
   parts, shown = [], None
   for batch in dataset_utils.iterate(batches, 0, len(batches)):
-    part, predictions = program.eval_step(
-      state.trainable, program.frozen, sharding.put(batch, program.mesh)
-    )
+    batch_here = sharding.put(batch, program.mesh)
+    part, predictions = program.eval_step(state, program.frozen, batch_here)
     parts.append(part)
     if shown is None:
       shown = (batch, np.asarray(jax.device_get(predictions)))

@@ -11,7 +11,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config, PyTree
 
 # Leaves that are no matrices of weights. By name, not by rank: stacked layers add an axis.
-_NOT_DECAYED = re.compile(r'(.*_)?bias|scale|alpha|cls|probe|pos_embedding')
+_NOT_DECAYED = re.compile(r'(.*_)?bias|scale|shift|alpha|gate|cls|probe|pos_embedding')
 
 
 def decay_mask(params: PyTree) -> PyTree:

@@ -24,7 +24,7 @@ class Program:
     mesh: the devices.
     frozen: frozen parameters, on the devices.
     train_step: (state, frozen, batch) -> (state, metrics).
-    eval_step: (trainable, frozen, batch) -> (metrics, predictions).
+    eval_step: (state, frozen, batch) -> (metrics, predictions).
     learning_rate: step -> learning rate.
     total_steps: length of the whole training.
     steps_per_epoch: whole batches in the training split, at least 1.
@@ -54,11 +54,11 @@ def build_program(
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval_batch_size', config.eval_batch_size, mesh)
   model = model_cls(config, dataset.meta_data)
-  image_size = dataset.meta_data['input_shape'][1]
-  if image_size != model.backbone.spec.image_size:
+  inputs, wanted = tuple(dataset.meta_data['input_shape'][1:]), model.backbone.spec.input_shape
+  if inputs != wanted:
     raise errors.UserError(
-      f'Images are {image_size} pixels, but the position embedding of backbone '
-      f"'{config.backbone}' is for {model.backbone.spec.image_size}."
+      f'Images are {list(inputs)}, but the position embedding of backbone '
+      f"'{config.backbone}' is for {list(wanted)}."
     )
   spec = model.backbone.spec
   if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:
@@ -73,7 +73,9 @@ def build_program(
   tx = optimizers.get_optimizer(config, learning_rate)
   init_rng, state_rng = jax.random.split(rng)
   trainable, frozen = model.init_params(init_rng)
-  state = sharding.replicate(TrainState.create(trainable, tx, state_rng), mesh)
+  model_state = model.flax_model.init_model_state()
+  state = TrainState.create(trainable, tx, state_rng, model_state)
+  state = sharding.replicate(state, mesh)
   everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
   train_step = functools.partial(
     steps.train_step,

@@ -62,17 +62,9 @@ def default_config() -> Config:
   c.backbone = 'vit_mi8_tin120'  # packaged name, NAME.json or .safetensors, or a preset 'S/16'
   c.backbone_configs = _options(pool=str, image_size=int, gelu=str, class_token=bool)
   c.random_backbone = False  # allow freezing a preset's random weights
-  c.method = 'losa'
-  c.method_configs = ml_collections.ConfigDict({name: {} for name in methods.METHODS})
-  c.method_configs.full = _options(token_keep=float)
-  c.method_configs.losa = _options(
-    rank=int,
-    num_layers=int,
-    adaptor=str,
-    activation=str,
-    y0=str,
-    alpha_init=float,
-    map_head_lora_rank=int,
+  c.method = 'losa'  # or several: 'lora+ssf'
+  c.method_configs = ml_collections.ConfigDict(
+    {name: config_lib.placeholders(build) for name, build in methods.METHODS.items()}
   )
   c.model_dtype_str = 'float32'  # compute: float32, bfloat16, float16
   c.frozen_dtype_str = 'float32'  # storage of the frozen weights
@@ -131,8 +123,9 @@ def check(config: Config) -> None:
   schema = default_config()
   config_lib.check_keys(config, schema)
   config_lib.check_types(config, schema)
-  errors.one_of('method', config.method, methods.METHODS)
-  _check_options('method', methods.METHODS, config.method, method_options(config))
+  names, given = methods.parts(config.method), methods.options(config)
+  for name in names:
+    _check_options('method', methods.METHODS, name, given if len(names) == 1 else given[name])
   _check_options(
     'optimizer',
     optimizers.OPTIMIZERS,
@@ -170,7 +163,8 @@ def check_overrides(config: Config, overrides: dict[str, Any]) -> None:
   for key in overrides:
     block, _, rest = key.partition('.')
     other = rest.split('.')[0]
-    if block in ('method_configs', 'method_learning_rates') and other != config.method:
+    mine = methods.parts(config.method)
+    if block in ('method_configs', 'method_learning_rates') and other not in mine:
       raise errors.UserError(
         f"--config.{key} would have no effect: it is for method '{other}', and the method is "
         f"'{config.method}'."
@@ -189,14 +183,17 @@ def resolve(config: Config) -> Config:
     config.shuffle_seed = config.rng_seed
   if config.eval_batch_size is None:
     config.eval_batch_size = config.batch_size
+  names = methods.parts(config.method)
   if config.lr_configs.get('base_learning_rate') is None:
-    config.lr_configs.base_learning_rate = config.method_learning_rates.get(config.method)
+    rates = [config.method_learning_rates.get(name) for name in names]
+    # Of several methods the most cautious rate: what suits one may be too much for the other.
+    config.lr_configs.base_learning_rate = min((r for r in rates if r is not None), default=None)
   if config.lr_configs.base_learning_rate is None:
     raise errors.UserError(
-      f'Give lr_configs.base_learning_rate or method_learning_rates.{config.method}.'
+      f'Give lr_configs.base_learning_rate or method_learning_rates.{names[0]}.'
     )
   # What belongs to other methods is not part of this run.
-  config.method_configs = {config.method: config.method_configs.get(config.method) or {}}
+  config.method_configs = {name: config.method_configs.get(name) or {} for name in names}
   config.method_learning_rates = {}
   return config.lock()
 
@@ -228,8 +225,3 @@ def _check_options(
   for key in given:
     if key not in known:
       raise errors.unknown(f"option of {kind} '{name}'", key, known)
-
-
-def method_options(config: Config) -> dict[str, Any]:
-  """The options given to the config's method."""
-  return config_lib.to_dict((config.method_configs or {}).get(config.method))

@@ -18,15 +18,24 @@ class TrainState:
     global_step: steps done, int32 scalar; also the position in the data.
     trainable: the trainable parameters, float32.
     opt_state: the optimizer's state over exactly those.
+    model_state: variables that are no parameters (running means), or {}.
     rng: key data of the run's random stream, uint32 [2]; step i uses `fold_in(rng, i)`.
   """
 
   global_step: Array
   trainable: Any
   opt_state: Any
+  model_state: Any
   rng: Array
 
   @classmethod
-  def create(cls, trainable: Any, tx: optax.GradientTransformation, rng: Array) -> 'TrainState':
+  def create(
+    cls,
+    trainable: Any,
+    tx: optax.GradientTransformation,
+    rng: Array,
+    model_state: Any = None,
+  ) -> 'TrainState':
     """The state before the first step."""
-    return cls(jnp.zeros((), jnp.int32), trainable, tx.init(trainable), jax.random.key_data(rng))
+    step, data = jnp.zeros((), jnp.int32), jax.random.key_data(rng)
+    return cls(step, trainable, tx.init(trainable), model_state or {}, data)

@@ -49,16 +49,19 @@ def train_step(
   if augment is not None:
     batch = augment(augment_rng, batch)
 
-  def loss_and_logits(trainable: Params) -> tuple[Array, Array]:
-    logits: Any = flax_model.apply(
-      {'params': combine(trainable, frozen)},
+  def loss_and_logits(trainable: Params) -> tuple[Array, tuple[Array, Any]]:
+    logits, model_state = flax_model.apply(
+      {'params': combine(trainable, frozen), **state.model_state},
       batch['inputs'],
       train=True,
       rngs={'dropout': dropout_rng},
+      mutable=list(state.model_state),
     )
-    return loss_fn(logits, batch), logits
+    return loss_fn(logits, batch), (logits, model_state)
 
-  (loss, logits), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(state.trainable)
+  (loss, (logits, model_state)), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(
+    state.trainable
+  )
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
   one = jnp.ones((), jnp.float32)
@@ -68,12 +71,15 @@ def train_step(
   metrics['l2_updates'] = (optax.tree.norm(updates), one)
   metrics['l2_params'] = (optax.tree.norm(trainable), one)
   return state.replace(
-    global_step=state.global_step + 1, trainable=trainable, opt_state=opt_state
+    global_step=state.global_step + 1,
+    trainable=trainable,
+    opt_state=opt_state,
+    model_state=model_state,
   ), metrics
 
 
 def eval_step(
-  trainable: Params,
+  state: TrainState,
   frozen: Params,
   batch: Batch,
   *,
@@ -81,6 +87,6 @@ def eval_step(
   metrics_fn: MetricsFn,
 ) -> tuple[dict[str, Any], Array]:
   """Metrics of one batch (padded examples carry batch_mask 0), and the predicted classes [b]."""
-  variables = {'params': combine(trainable, frozen)}
+  variables = {'params': combine(state.trainable, frozen), **state.model_state}
   logits: Any = flax_model.apply(variables, batch['inputs'], train=False)
   return dict(metrics_fn(logits, batch)), logits.argmax(-1)

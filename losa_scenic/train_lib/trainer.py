@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import split_head
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Config
@@ -76,7 +77,7 @@ def train(
     program, state = build_program(rng=rng, config=config, model_cls=model_cls, dataset=dataset)
     identity = {
       'backbone': program.model.backbone.identity(),
-      'method': {config.method: run_config.method_options(config)},
+      'method': {config.method: methods.options(config)},
       'data': {key: dataset.meta_data[key] for key in _DATA_IDENTITY},
     }
     saver = checkpoints.Checkpoints(workdir, identity, config.max_checkpoint_keep)

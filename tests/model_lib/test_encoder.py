@@ -24,7 +24,7 @@ class Scale(nn.Module):
 
 
 def around(f):
-  return lambda x: f(1.25 * x) * 0.75 + 0.125
+  return lambda x: f(jax.tree.map(lambda a: 1.25 * a, x)) * 0.75 + 0.125
 
 
 def manual(params, images, spec, site):
@@ -43,7 +43,8 @@ def manual(params, images, spec, site):
   def block_of(p):
     def attn(u):
       q, k, v = (at(name, dense(p[name]))(u) for name in ('query', 'key', 'value'))
-      return at('out', dense(p['out']))(layers.attention(q, k, v, spec.heads))
+      attend = lambda qkv: layers.attention(*qkv, spec.heads)  # noqa: E731
+      return at('out', dense(p['out']))(at('attend', attend)((q, k, v)))
 
     def mlp(u):
       return at('fc2', dense(p['fc2']))(GELU['tanh'](at('fc1', dense(p['fc1']))(u)))
@@ -130,7 +131,7 @@ def test_an_insert_leaves_all_frozen_paths_and_shapes_alone(site, scan, spec):
 
 def test_at_returns_the_operation_itself_when_nobody_asked():
   f = abs
-  at = sites.make_at({'fc1': Scale()}, sites.Ctx(grid=(1, 1, 1)), collect=('attn',), seen={})
+  at = sites.make_at({'fc1': [Scale()]}, sites.Ctx(grid=(1, 1, 1)), collect=('attn',), seen={})
   assert at('fc2', f) is f
   assert at('fc1', f) is not f and at('attn', f) is not f
 
@@ -141,7 +142,7 @@ def test_collect_puts_the_output_after_the_insert_into_seen():
       return f(x) + 1
 
   seen = {}
-  at = sites.make_at({'fc1': Add()}, sites.Ctx(grid=(1, 1, 1)), ('fc1', 'fc2'), seen)
+  at = sites.make_at({'fc1': [Add()]}, sites.Ctx(grid=(1, 1, 1)), ('fc1', 'fc2'), seen)
   assert (at('fc1', lambda x: 2 * x)(jnp.int32(3)), at('fc2', lambda x: 5 * x)(jnp.int32(3))) == (
     7,
     15,

@@ -13,7 +13,7 @@ from losa_scenic.model_lib.vit import ViT
 
 def count(name, **changes):
   spec = presets.preset(name, **changes)
-  images = jax.ShapeDtypeStruct((1, spec.image_size, spec.image_size, 3), jnp.float32)
+  images = jax.ShapeDtypeStruct((1, *spec.input_shape), jnp.float32)
   return trees.count(jax.eval_shape(ViT(spec, {}, scan=True).init, jax.random.key(0), images))
 
 
@@ -40,7 +40,7 @@ def test_number_of_parameters_follows_the_geometry(name):
   s = presets.preset(name)
   d, m = s.width, s.mlp
   attention, mlp, norm = 4 * (d * d + d), d * m + m + m * d + d, 2 * d
-  want = (3 * s.patch**2 * d + d) + s.prefix * d + s.tokens * d
+  want = (3 * s.tubelet * s.patch**2 * d + d) + s.prefix * d + s.tokens * d
   want += s.depth * (attention + mlp + 2 * norm) + norm
   if s.pool == 'map':
     want += d + attention + norm + mlp
@@ -62,6 +62,21 @@ def test_number_of_parameters_follows_the_geometry(name):
 def test_token_numbers(name, changes, tokens, prefix, side):
   spec = presets.preset(name, **changes)
   assert (spec.tokens, spec.prefix, spec.grid) == (tokens, prefix, (1, side, side))
+  assert spec.input_shape == (spec.image_size, spec.image_size, 3)
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'tokens', 'grid', 'input_shape'),
+  [
+    ('vivit-g/14x2', {}, 4096, (16, 16, 16), (32, 224, 224, 3)),
+    ('vivit-B/16x4', {}, 8 * 196, (8, 14, 14), (32, 224, 224, 3)),
+    ('vivit-test/8x2', {}, 32, (2, 4, 4), (4, 32, 32, 3)),
+    ('vivit-test/8x1', {'frames': 3, 'pool': 'cls'}, 49, (3, 4, 4), (3, 32, 32, 3)),
+  ],
+)
+def test_clips_make_a_grid_of_tubelets(name, changes, tokens, grid, input_shape):
+  spec = presets.preset(name, **changes)
+  assert (spec.tokens, spec.grid, spec.input_shape) == (tokens, grid, input_shape)
 
 
 @pytest.mark.parametrize('name', presets.names())
@@ -75,6 +90,9 @@ def test_json_round_trip(name):
   [
     ('B16', {}, r"Unknown backbone 'B16'\. Did you mean 'B/16'"),
     ('X/16', {}, "Unknown backbone 'X/16'"),
+    ('g/14x2', {}, "Unknown backbone 'g/14x2'"),
+    ('vivit-g/14', {}, r"Unknown backbone 'vivit-g/14'\. Did you mean 'vivit-g/14x2'"),
+    ('vivit-g/14x2', {'frames': 31}, '31 frames are not a multiple of the tubelet length 2'),
     ('B/16', {'widht': 5}, r"Unknown backbone field 'widht'\. Did you mean 'width'"),
     ('B/16', {'pool': 'mean'}, "Unknown pooling 'mean'"),
     ('B/16', {'gelu': 'exact'}, "Unknown gelu 'exact'"),

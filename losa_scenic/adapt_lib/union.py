@@ -1,0 +1,101 @@
+"""Two or more methods at once: the union of their tables.
+
+Where two inserts stand at one site, the method that was named first stands closest to the frozen
+operation, and the next one around it: `lora+ssf` scales what LoRA has made.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+
+from losa_scenic.adapt_lib.method import Method, nothing
+from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib import sites
+
+
+class Chain(nn.Module):
+  """Two inserts at one site: `outer` stands around `inner` stands around the operation.
+
+  Attributes:
+    inner: makes the insert that stands closest to the frozen operation.
+    outer: makes the one around it.
+  """
+
+  inner: sites.MakeInsert
+  outer: sites.MakeInsert
+
+  def setup(self):
+    self.first, self.second = self.inner(), self.outer()
+
+  def __call__(self, f: sites.Op, x: Array, ctx: sites.Ctx) -> Array:
+    return self.second(lambda u: self.first(f, u, ctx), x, ctx)
+
+
+def union(methods: Mapping[str, Method]) -> Method:
+  """The methods together.
+
+  Args:
+    methods: at least one method by name, the innermost first.
+
+  Returns:
+    A method that has the inserts of all, trains what any of them trains, and has the one side
+    network and the one shared module among them.
+
+  Raises:
+    errors.UserError: if two have a side network, or two a shared module, or if one adds tokens that
+      the side network or the token positions of another could not cope with.
+  """
+  for what in ('side', 'shared'):
+    having = [name for name, method in methods.items() if getattr(method, what)]
+    if len(having) > 1:
+      names = {'side': 'a side network', 'shared': 'values shared by all layers'}
+      raise errors.UserError(f'{" and ".join(having)} each have {names[what]}: only one can.')
+  adding = [name for name, method in methods.items() if method.adds_tokens]
+  reading = [name for name, method in methods.items() if method.side]
+  if len(adding) > 1:
+    raise errors.UserError(f'{" and ".join(adding)} each add tokens: only one can.')
+  if adding and reading and adding != reading:
+    raise errors.UserError(
+      f"{adding[0]} adds tokens to the layers, which {reading[0]}'s side network cannot read."
+    )
+  parts = list(methods.values())
+  return Method(
+    inserts=functools.reduce(_merge, (part.inserts for part in parts)),
+    shared=next((part.shared for part in parts if part.shared), None),
+    collect=tuple(dict.fromkeys(site for part in parts for site in part.collect)),
+    side=next((part.side for part in parts if part.side), None),
+    trains=_any([part for part in parts if part.trains is not nothing]),
+    unrolled=any(part.unrolled for part in parts),
+    first=min((part.first for part in parts if not part.spares_backbone), default=0),
+    adds_tokens=bool(adding),
+    exact_at_init=all(part.exact_at_init for part in parts),
+  )
+
+
+def _any(parts: list[Method]) -> Callable[[str], bool]:
+  if len(parts) < 2:
+    return parts[0].trains if parts else nothing
+  return lambda path: any(part.trains(path) for part in parts)
+
+
+def _merge(inner: sites.Inserts, outer: sites.Inserts) -> sites.Inserts:
+  both = {where: _chain(inner[where], outer[where]) for where in inner if where in outer}
+  return {**inner, **outer, **both}
+
+
+def _chain(
+  inner: sites.MakeInsert | sites.PerLayer, outer: sites.MakeInsert | sites.PerLayer
+) -> sites.MakeInsert | sites.PerLayer:
+  if not isinstance(inner, sites.PerLayer) and not isinstance(outer, sites.PerLayer):
+    return functools.partial(Chain, inner, outer)
+
+  def make(i: int) -> sites.MakeInsert | None:
+    pair = (sites.of_layer({'block': each}, i).get('block') for each in (inner, outer))
+    there = [each for each in pair if each is not None]
+    if len(there) == 2:
+      return functools.partial(Chain, *there)
+    return there[0] if there else None
+
+  return sites.PerLayer(make)
