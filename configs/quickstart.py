@@ -2,11 +2,16 @@
 
   python -m losa_scenic.main --config=configs/quickstart.py
 
-Try also --config.method=linear, --config.method=full, --config.dataset_name=sprites.
+Try also --config.method=linear or any other, --config.method=lora+ssf,
+--config.dataset_name=sprites.
 """
 
+from losa_scenic.adapt_lib import methods
 from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config
+
+# With AdamW; 1e-3 for the others.
+LEARNING_RATES = {'linear': 1e-2, 'losa': 3e-3}
 
 
 def get_config() -> Config:
@@ -15,9 +20,8 @@ def get_config() -> Config:
   config.dataset_name = 'digits'
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
-  config.method_learning_rates.losa = 3e-3
-  config.method_learning_rates.linear = 1e-2
-  config.method_learning_rates.full = 1e-3
+  for method in methods.METHODS:
+    config.method_learning_rates[method] = LEARNING_RATES.get(method, 1e-3)
   config.num_training_epochs = 15.0
   config.batch_size = 32
   config.lr_configs.warmup_steps = 10

@@ -1,17 +1,20 @@
 """Measures models and methods.
 
 python -m losa_scenic.bench params --backbone=g/14 --method=losa --set rank=64
+python -m losa_scenic.bench params --all=tests/golden/param_counts.json
+python -m losa_scenic.bench macs --backbone=g/14 --method=losa --set rank=64
 """
 
 import argparse
 import ast
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from losa_scenic.adapt_lib import methods
-from losa_scenic.bench_lib import params
+from losa_scenic.bench_lib import macs, params
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import presets
 
@@ -20,14 +23,36 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code: 0, or 1 with one message on stderr."""
   args = _parser().parse_args(argv)
   try:
-    options = parse_options(args.set)
+    if args.command == 'params' and args.all:
+      return _check_all(args)
+    if not (args.backbone and args.method):
+      raise errors.UserError('Give --backbone and --method.')
+    options = methods.nested(args.method, parse_options(args.set))
     backbone_options = {'pool': args.pool} if args.pool else {}
-    result = params.count(args.backbone, args.method, options, backbone_options, args.num_classes)
+    measure = {'params': params.count, 'macs': macs.of_method}[args.command]
+    result = measure(args.backbone, args.method, options, backbone_options, args.num_classes)
   except errors.UserError as e:
     print(f'error: {e}', file=sys.stderr)
     return 1
   print(json.dumps(result))
   return 0
+
+
+def _check_all(args: argparse.Namespace) -> int:
+  """Checks a file of counts: one line a row, and the exit code 1 if one differs."""
+  if args.backbone or args.method or args.set or args.pool:
+    raise errors.UserError('--all takes its backbones, methods and options from the file.')
+  rows = params.read_rows(pathlib.Path(args.all))
+  wrong = 0
+  for row in rows:
+    have = params.count(row['backbone'], row['method'], row['set'])['trainable_params']
+    same = have == row['trainable_params']
+    wrong += not same
+    what = ' '.join([row['backbone'], row['method'], *(f'{k}={v}' for k, v in row['set'].items())])
+    print(f'{"ok   " if same else "WRONG"} {have:>13,} {what}', end='')
+    print('' if same else f', should be {row["trainable_params"]:,}', flush=True)
+  print(f'{len(rows) - wrong} of {len(rows)} rows of {args.all} agree.')
+  return int(wrong > 0)
 
 
 def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -58,25 +83,45 @@ def _parser() -> argparse.ArgumentParser:
     description='Measures models and methods; prints one JSON object.',
   )
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-  command = commands.add_parser(
+  command = _add_command(
+    commands,
     'params',
     help='count parameters, without allocating the model',
     description='Counts trainable, head and frozen parameters by shape evaluation.',
   )
   command.add_argument(
-    '--backbone',
-    required=True,
-    help=f'preset ({", ".join(presets.names())}), packaged backbone or backbone file',
+    '--all', metavar='FILE', help='check a JSON file of counts instead (see tests/golden)'
   )
-  command.add_argument('--method', required=True, help=', '.join(sorted(methods.METHODS)))
+  _add_command(
+    commands,
+    'macs',
+    help='count multiply-accumulates of one image or clip',
+    description='Counts multiply-accumulates of matrix products and convolutions in the traced '
+    'forward pass, classifier included.',
+  )
+  return parser
+
+
+def _add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:
+  command = commands.add_parser(name, **texts)
   command.add_argument(
-    '--set', action='append', default=[], metavar='NAME=VALUE', help='an option of the method'
+    '--backbone', help=f'preset ({", ".join(presets.names())}), packaged backbone or backbone file'
+  )
+  command.add_argument(
+    '--method', help=f"{', '.join(sorted(methods.METHODS))}; or several: 'lora+ssf'"
+  )
+  command.add_argument(
+    '--set',
+    action='append',
+    default=[],
+    metavar='NAME=VALUE',
+    help="an option of the method; of several methods 'lora.rank=4'",
   )
   command.add_argument('--pool', help='change the pooling: cls, gap or map')
   command.add_argument(
     '--num_classes', type=int, default=1000, help='width of the classifier (default: 1000)'
   )
-  return parser
+  return command
 
 
 if __name__ == '__main__':

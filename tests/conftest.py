@@ -1,6 +1,8 @@
 """Two fake CPU devices and quick compilation for all tests, and shared fixtures."""
 
 import os
+import pathlib
+import sys
 
 # Before anything imports jax.
 os.environ['XLA_FLAGS'] = (
@@ -15,6 +17,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+
+# For the helpers in tests/reference: in pytest's import mode 'importlib' it is on no path.
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 
 @pytest.fixture(scope='session')

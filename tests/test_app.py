@@ -91,7 +91,8 @@ COMMAND_LINES = {
   'crops of nothing': (['--config.augment.min_crop_area=0'], ('augment.min_crop_area',)),
   'negative mixup': (['--config.augment.mixup_alpha=-1'], ('augment.mixup_alpha', '-1')),
   'smoothing all': (['--config.label_smoothing=1'], ('label_smoothing',)),
-  'export of a frozen backbone': (['--config.export_backbone=x'], ('export_backbone', "'full'")),
+  'half a union': (['--config.method=lora+'], ("method ''", 'losa')),
+  'a part twice': (['--config.method=losa+losa'], ('losa+losa', 'twice')),
 }
 
 

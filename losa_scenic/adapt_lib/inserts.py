@@ -4,7 +4,7 @@ Parameters are float32 and cast to the dtype of the input at use. A leaf's name 
 decay applies to it: not to `*_bias`, `scale`, `shift`, `alpha`, `gate`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -18,13 +18,76 @@ from losa_scenic.model_lib.sites import Ctx, Op
 
 # A module `delta(x, ctx)` -> what is added: see `Delta`.
 MakeDelta = Callable[[], nn.Module]
+QKV = ('query', 'key', 'value')
+# Uniform within 1 / sqrt(fan_in): PyTorch's default for the weight of a linear layer.
+LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
 
-def dropout(module: nn.Module, rate: float, x: Array, train: bool) -> Array:
-  """Dropout in a compact method or a plain function of `module`: no submodule, no parameters."""
+def targets(method: str, given: str, allowed: Sequence[str]) -> tuple[str, ...]:
+  """Reads a comma list of sites: 'value,query' -> ('query', 'value').
+
+  Args:
+    method: name of the method, for errors.
+    given: the list; 'qkv' is short for 'query,key,value'.
+    allowed: the sites that the method can stand at; they are returned in this order, so that what
+      parameters are called does not depend on the order in a config.
+
+  Raises:
+    errors.UserError: for an empty list, an unknown site, or one that is named twice.
+  """
+  names: list[str] = []
+  for name in given.replace(' ', '').split(','):
+    names += QKV if name == 'qkv' else [name]
+  for name in names:
+    errors.one_of(f'{method} target', name, (*allowed, 'qkv'))
+  if len(set(names)) < len(names):
+    raise errors.UserError(f"{method} targets '{given}' name a site twice.")
+  return tuple(name for name in allowed if name in names)
+
+
+def check_low_rank(method: str, rank: int, dropout: float = 0.0) -> None:
+  """Raises `errors.UserError` for a rank below 1 or a dropout rate outside [0, 1)."""
+  if rank < 1:
+    raise errors.UserError(f'{method} rank must be at least 1, got {rank}.')
+  if not 0 <= dropout < 1:
+    raise errors.UserError(f'{method} dropout must be in [0, 1), got {dropout}.')
+
+
+def low_rank_scale(method: str, rank: int, alpha: float | None) -> float:
+  """alpha / rank; 1 without an alpha. Raises `errors.UserError` for an alpha that is not > 0."""
+  if alpha is not None and not alpha > 0:
+    raise errors.UserError(f'{method} alpha must be greater than 0, got {alpha}.')
+  return 1.0 if alpha is None else alpha / rank
+
+
+_RANGES: dict[str, tuple[str, Callable[[int | float], bool]]] = {
+  'bottleneck': ('at least 1', lambda value: value >= 1),
+  'groups': ('at least 1', lambda value: value >= 1),
+  'scale': ('positive', lambda value: 0 < value < float('inf')),
+  'dropout': ('in [0, 1)', lambda value: 0 <= value < 1),
+  'drop_path': ('in [0, 1)', lambda value: 0 <= value < 1),
+}
+
+
+def check_options(method: str, **options: int | float) -> None:
+  """Raises `UserError` for the first of these options of a method that is out of its range."""
+  for name, value in options.items():
+    range_, holds = _RANGES[name]
+    if not holds(value):
+      raise errors.UserError(f'{method} {name} must be {range_}, got {value}.')
+
+
+def dropout(
+  module: nn.Module, rate: float, x: Array, train: bool, rng: Array | None = None
+) -> Array:
+  """Dropout in a compact method or a plain function of `module`: no submodule, no parameters.
+
+  The mask is drawn anew in every call, unless `rng` is given.
+  """
   if not train or rate == 0:
     return x
-  keep = jax.random.bernoulli(module.make_rng('dropout'), 1 - rate, x.shape)
+  rng = module.make_rng('dropout') if rng is None else rng
+  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
   return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
@@ -41,17 +104,19 @@ class LowRank(nn.Module):
     scale: factor of the low-rank path.
     shared_down: whether it stands at several sites.
     dropout: rate, on the input of the low-rank path.
+    down_init: initialiser of A.
   """
 
   rank: int
   scale: float = 1.0
   shared_down: bool = False
   dropout: float = 0.0
+  down_init: nn.initializers.Initializer = nn.initializers.he_uniform()
 
   @nn.compact
   def __call__(self, f: Op, x: Array, ctx: Ctx) -> Array:
     y = f(x)
-    a = self.param('a', nn.initializers.he_uniform(), (x.shape[-1], self.rank))
+    a = self.param('a', self.down_init, (x.shape[-1], self.rank))
     name = f'b_{ctx.site}' if self.shared_down else 'b'
     b = self.param(name, nn.initializers.zeros, (self.rank, y.shape[-1]))
     x = dropout(self, self.dropout, x, ctx.train)
@@ -59,9 +124,9 @@ class LowRank(nn.Module):
 
 
 class Bottleneck(nn.Module):
-  """act(x W_d + b_d) W_u + b_u: what an adapter adds. W_u = 0, b = 0 at the start.
+  """act(conv(x W_d + b_d)) W_u + b_u: what an adapter adds. W_u = 0, b = 0 at the start.
 
-  Trainable parameters: 2 d h + h + d.
+  Trainable parameters: 2 d h + h + d, and those of the convolution.
 
   Attributes:
     hidden: h, width of the bottleneck.
@@ -69,6 +134,7 @@ class Bottleneck(nn.Module):
     dropout: rate, after the activation.
     down_init: initialiser of W_d.
     up_init: initialiser of W_u.
+    conv: makes the module `conv(hidden, ctx)` before the activation, or None for none.
   """
 
   hidden: int
@@ -76,6 +142,7 @@ class Bottleneck(nn.Module):
   dropout: float = 0.0
   down_init: nn.initializers.Initializer = nn.initializers.xavier_uniform()
   up_init: nn.initializers.Initializer = nn.initializers.zeros
+  conv: Callable[..., nn.Module] | None = None
 
   @nn.compact
   def __call__(self, x: Float[Array, '... d'], ctx: Ctx) -> Float[Array, '... d']:
@@ -84,7 +151,10 @@ class Bottleneck(nn.Module):
     down_bias = self.param('down_bias', nn.initializers.zeros, (self.hidden,)).astype(dtype)
     up = self.param('up_kernel', self.up_init, (self.hidden, d)).astype(dtype)
     up_bias = self.param('up_bias', nn.initializers.zeros, (d,)).astype(dtype)
-    x = dropout(self, self.dropout, ACTIVATIONS[self.activation](x @ down + down_bias), ctx.train)
+    x = x @ down + down_bias
+    if self.conv is not None:
+      x = self.conv(name='conv')(x, ctx)
+    x = dropout(self, self.dropout, ACTIVATIONS[self.activation](x), ctx.train)
     return x @ up + up_bias
 
 

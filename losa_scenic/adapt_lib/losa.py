@@ -25,7 +25,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float, Num
 
-from losa_scenic.adapt_lib import inserts
+from losa_scenic.adapt_lib import inserts, ladder
 from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.activations import GELU
@@ -36,7 +36,7 @@ from losa_scenic.model_lib.presets import BackboneSpec
 
 # What the side network reads of each block, in the order of the residual stream (Table 4).
 ACTIVATIONS = {'block': ('block',), 'mlp': ('mlp',), 'mhsa': ('attn',), 'both': ('attn', 'mlp')}
-ADAPTORS = ('low_rank_mixer', 'low_rank_mlp')
+ADAPTORS = ('low_rank_mixer', 'low_rank_mlp', 'transformer')
 Y0 = ('b_L', 'b_0')
 
 
@@ -50,16 +50,18 @@ def build(
   y0: str = 'b_L',
   alpha_init: float = 1.0,
   map_head_lora_rank: int = 0,
+  transformer_width: int = 48,
 ) -> Method:
   """LoSA for a backbone.
 
   Args:
     spec: the backbone.
-    rank: r of every mixer (4, 8, 16 in Table 1; 64 in the large-scale tables).
+    rank: r of every mixer (4, 8, 16 in Table 1; 64 in the large-scale tables). The transformer
+      has no use for it, nor for alpha_init.
     num_layers: k, how many evenly spaced blocks are tapped, the last always among them (Table 5);
       all of them when not given.
-    adaptor: 'low_rank_mixer' (channels and tokens in turn) or 'low_rank_mlp' (channels only;
-      Table 3).
+    adaptor: 'low_rank_mixer' (channels and tokens in turn), 'low_rank_mlp' (channels only) or
+      'transformer' (LST's ladder, its MLPs as wide as the backbone's); Table 3.
     activation: 'block', 'mlp', 'mhsa', or 'both' MHSA and MLP outputs in sequence, which doubles
       the side network (Table 4).
     y0: where the side network starts: 'b_L' or 'b_0', the embedded tokens (Table 6).
@@ -67,10 +69,12 @@ def build(
       be left.
     map_head_lora_rank: rank of a LoRA on the five targets of the MAP head (query, key, value, out,
       and one path around its MLP); 0 for none.
+    transformer_width: channels of the transformer (48: read off the 27 M of LST in Table 7).
 
   Returns:
     The method. Trainable parameters without the classifier, for k taps (twice as many with 'both'):
-    ceil(k/2) (2 d r + r + d + 1) + floor(k/2) (2 n r + r + n + 1) + 10 d map_head_lora_rank.
+    ceil(k/2) (2 d r + r + d + 1) + floor(k/2) (2 n r + r + n + 1) + 10 d map_head_lora_rank; those
+    of the transformer stand in `ladder`.
 
   Raises:
     errors.UserError: for a value out of range.
@@ -91,21 +95,21 @@ def build(
     raise errors.UserError(
       f"LoSA map_head_lora_rank needs a backbone that pools by 'map'; this one: '{spec.pool}'."
     )
-  side = functools.partial(
-    LoSA,
-    rank=rank,
-    taps=tap_indices(spec.depth, num_layers),
-    collect=ACTIVATIONS[activation],
-    mix_tokens=adaptor == 'low_rank_mixer',
-    start=y0,
-    alpha_init=alpha_init,
-    gelu=spec.gelu,
-  )
+  taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
+  if adaptor == 'transformer':
+    small = ladder.side_spec(spec, transformer_width, 'backbone', None)
+    side = functools.partial(ladder.Ladder, small, taps, collect, start=y0)
+  else:
+    mix_tokens = adaptor == 'low_rank_mixer'
+    side = functools.partial(
+      LoSA, rank, taps, collect, mix_tokens, start=y0, alpha_init=alpha_init, gelu=spec.gelu
+    )
   low_rank = functools.partial(inserts.LowRank, rank=map_head_lora_rank)
   head: dict[sites.Where, sites.MakeInsert] = (
     dict.fromkeys(sites.MAP_HEAD_SITES, low_rank) if map_head_lora_rank else {}
   )
-  return Method(inserts=head, collect=ACTIVATIONS[activation], side=side, exact_at_init=y0 == 'b_L')
+  exact = y0 == 'b_L' and adaptor != 'transformer'
+  return Method(inserts=head, collect=collect, side=side, exact_at_init=exact)
 
 
 def tap_indices(depth: int, k: int) -> tuple[int, ...]:

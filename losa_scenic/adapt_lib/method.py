@@ -65,6 +65,11 @@ MEMORY_CLASSES = {
 }
 
 
+_KERNELS = tuple(
+  f'encoder/layers/block/{name}/kernel' for name in ('query', 'key', 'value', 'out', 'fc1', 'fc2')
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
   """An adaptation method.
@@ -82,6 +87,8 @@ class Method:
       methods that spare all of it, 0 for those that reach down to the first layer.
     adds_tokens: layers see more tokens than the model's own, so no side network can read them.
     exact_at_init: whether the adapted model's features equal the frozen one's before training.
+    penalty: a scalar function of the trainable tree, classifier included, that training adds to the
+      loss, or None. Evaluation leaves it out.
   """
 
   inserts: sites.Inserts = dataclasses.field(default_factory=dict)
@@ -93,6 +100,7 @@ class Method:
   first: int = 0
   adds_tokens: bool = False
   exact_at_init: bool = True
+  penalty: Callable[[Params], Array] | None = None
 
   def __post_init__(self):
     sites.check(self.inserts)
@@ -115,7 +123,7 @@ class Method:
       return 'A'
     if self.first:
       return 'B'
-    return 'C' if self.trains is nothing else 'D'
+    return 'D' if any(map(self.trains, _KERNELS)) else 'C'
 
 
 def _is_trainable(path: str, method: Method) -> bool:

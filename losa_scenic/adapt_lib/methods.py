@@ -3,7 +3,34 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from losa_scenic.adapt_lib import losa, selective, union
+from losa_scenic.adapt_lib import (
+  adapter,
+  adapter_plus,
+  adaptformer,
+  convpass,
+  dora,
+  dtl,
+  express,
+  fact,
+  head2toe,
+  hst,
+  last,
+  lora,
+  losa,
+  lst,
+  noah,
+  prefix,
+  repadapter,
+  res_tuning,
+  res_tuning_bypass,
+  selective,
+  ssf,
+  st_adapter,
+  toast,
+  union,
+  vera,
+  vpt,
+)
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
@@ -11,9 +38,41 @@ from losa_scenic.common_lib.types import Config
 from losa_scenic.model_lib.presets import BackboneSpec
 
 METHODS: dict[str, Callable[..., Method]] = {
+  'adapter': adapter.build,
+  'adapter_plus': adapter_plus.build,
+  'adaptformer': adaptformer.build,
+  'attention_only': selective.attention_only,
+  'bitfit': selective.bitfit,
+  'convpass': convpass.build,
+  'convpass_attn': convpass.build_attn,
+  'dora': dora.build,
+  'dtl': dtl.build,
+  'express': express.build,
+  'fact_tk': fact.tk,
+  'fact_tt': fact.tt,
   'full': selective.full,
+  'head2toe': head2toe.build,
+  'hst': hst.build,
+  'last': last.build,
+  'last_k': selective.last_k,
   'linear': selective.linear,
+  'lora': lora.build,
   'losa': losa.build,
+  'lst': lst.build,
+  'mlp_only': selective.mlp_only,
+  'noah': noah.build,
+  'prefix': prefix.build,
+  'prompt_accumulate': vpt.accumulate,
+  'repadapter': repadapter.build,
+  'res_tuning': res_tuning.build,
+  'res_tuning_bypass': res_tuning_bypass.build,
+  'ssf': ssf.build,
+  'st_adapter': st_adapter.build,
+  'toast': toast.toast,
+  'toast_lite': toast.toast_lite,
+  'vera': vera.build,
+  'vpt_deep': vpt.deep,
+  'vpt_shallow': vpt.shallow,
 }
 
 
@@ -61,6 +120,26 @@ def options(config: Config) -> dict[str, Any]:
   names, blocks = parts(config.method), config.get('method_configs') or {}
   given = {name: config_lib.to_dict(blocks.get(name)) for name in names}
   return given if len(names) > 1 else next(iter(given.values()))
+
+
+def nested(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+  """Options as a command line gives them -> as `build` takes them.
+
+  Of one method they are the same; of several, {'lora.rank': 4} becomes {'lora': {'rank': 4}}.
+
+  Raises:
+    errors.UserError: for an option of several methods that does not say whose it is.
+  """
+  names = parts(name)
+  if len(names) == 1:
+    return dict(given)
+  blocks: dict[str, Any] = {}
+  for key, value in given.items():
+    part, dot, option = key.partition('.')
+    if not dot or part not in names:
+      raise errors.UserError(f"'{key}': say whose option it is, e.g. '{names[0]}.{key}'.")
+    blocks.setdefault(part, {})[option] = value
+  return blocks
 
 
 def _build(name: str, spec: BackboneSpec, options: Mapping[str, Any] | None) -> Method:

@@ -8,10 +8,11 @@ import functools
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
+import jax.numpy as jnp
 
 from losa_scenic.adapt_lib.method import Method, nothing
 from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.types import Array
+from losa_scenic.common_lib.types import Array, Params
 from losa_scenic.model_lib import sites
 
 
@@ -40,8 +41,8 @@ def union(methods: Mapping[str, Method]) -> Method:
     methods: at least one method by name, the innermost first.
 
   Returns:
-    A method that has the inserts of all, trains what any of them trains, and has the one side
-    network and the one shared module among them.
+    A method that has the inserts of all, trains what any of them trains, has the one side network
+    and the one shared module among them, and the sum of their penalties.
 
   Raises:
     errors.UserError: if two have a side network, or two a shared module, or if one adds tokens that
@@ -60,6 +61,7 @@ def union(methods: Mapping[str, Method]) -> Method:
     raise errors.UserError(
       f"{adding[0]} adds tokens to the layers, which {reading[0]}'s side network cannot read."
     )
+  _check_order(methods, adding)
   parts = list(methods.values())
   return Method(
     inserts=functools.reduce(_merge, (part.inserts for part in parts)),
@@ -71,13 +73,33 @@ def union(methods: Mapping[str, Method]) -> Method:
     first=min((part.first for part in parts if not part.spares_backbone), default=0),
     adds_tokens=bool(adding),
     exact_at_init=all(part.exact_at_init for part in parts),
+    penalty=_sum([part.penalty for part in parts if part.penalty]),
   )
+
+
+def _check_order(methods: Mapping[str, Method], adding: list[str]) -> None:
+  """Raises `UserError` if an insert stands around one that adds tokens: it would adapt those too."""
+  names = list(methods)
+  for inner in adding:
+    for outer in names[names.index(inner) + 1 :]:
+      both = set(methods[inner].inserts) & set(methods[outer].inserts)
+      if both:
+        raise errors.UserError(
+          f"{outer} would see {inner}'s added tokens at {sorted(map(sites.name_of, both))}: write "
+          f"'{outer}+{inner}'."
+        )
 
 
 def _any(parts: list[Method]) -> Callable[[str], bool]:
   if len(parts) < 2:
     return parts[0].trains if parts else nothing
   return lambda path: any(part.trains(path) for part in parts)
+
+
+def _sum(penalties: list[Callable[[Params], Array]]) -> Callable[[Params], Array] | None:
+  if len(penalties) < 2:
+    return penalties[0] if penalties else None
+  return lambda trainable: jnp.stack([penalty(trainable) for penalty in penalties]).sum()
 
 
 def _merge(inner: sites.Inserts, outer: sites.Inserts) -> sites.Inserts:

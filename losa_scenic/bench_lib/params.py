@@ -1,5 +1,7 @@
 """Parameter counts by shape evaluation: nothing is allocated, whatever the size of the model."""
 
+import json
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +23,8 @@ def count(
 
   Args:
     backbone: a preset such as 'g/14', a packaged backbone, or a backbone file.
-    method: a key of `methods.METHODS`.
-    options: the method's options.
+    method: a key of `methods.METHODS`, or several joined by '+'.
+    options: the method's options, as `methods.build` takes them.
     backbone_options: fields of the backbone to change, e.g. {'pool': 'gap'}.
     num_classes: width of the classifier, which only `head_params` counts.
 
@@ -37,7 +39,7 @@ def count(
     raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
   spec = checkpoints.find(backbone, backbone_options).spec
   built = methods.build(method, spec, options)
-  shapes = Adapted(spec, built, num_classes, scan=True).param_shapes()
+  shapes = Adapted(spec, built, num_classes, scan=not built.unrolled).param_shapes()
   trainable, frozen = partition(shapes, built)
   rest, head = split_head(trainable)
   plain = Adapted(spec, methods.build('linear', spec), num_classes, scan=True).param_shapes()
@@ -52,3 +54,26 @@ def count(
     'pool': spec.pool,
     'tokens': spec.tokens,
   }
+
+
+def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
+  """The rows of a JSON file of counts.
+
+  Args:
+    path: a JSON object whose 'rows' are objects with 'backbone', 'method', 'set' (the options) and
+      'trainable_params'.
+
+  Raises:
+    errors.UserError: if there is no such file, or it is not of that form.
+  """
+  try:
+    rows = json.loads(path.read_text())['rows']
+    wanted = {'backbone': str, 'method': str, 'set': dict, 'trainable_params': int}
+    bad = [i for i, row in enumerate(rows) for k, t in wanted.items() if type(row[k]) is not t]
+  except FileNotFoundError:
+    raise errors.UserError(f'There is no file {path}.') from None
+  except (ValueError, KeyError, TypeError, OSError) as e:
+    raise errors.UserError(f'{path} is no file of parameter counts: {e!r}.') from None
+  if bad or not rows:
+    raise errors.UserError(f'{path} is no file of parameter counts: rows {bad[:5]}.')
+  return rows

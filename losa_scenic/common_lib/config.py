@@ -1,6 +1,9 @@
 """Configuration: calling functions with config blocks, and finding keys that nobody knows."""
 
+import importlib.util
 import inspect
+import pathlib
+import sys
 import types
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args
@@ -26,6 +29,30 @@ def options(fn: Callable[..., Any]) -> set[str]:
   """Names of the keyword-only arguments of `fn`: the options a user may set."""
   parameters = inspect.signature(fn).parameters.values()
   return {p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def load_file(beside: str, path: str) -> types.ModuleType:
+  """The module of a Python file: how one config file uses another.
+
+  Config files are loaded by path, not as a package.
+
+  Args:
+    beside: `__file__` of the file that asks.
+    path: relative to the folder of that file.
+
+  Raises:
+    errors.UserError: if there is no such file.
+  """
+  file = (pathlib.Path(beside).parent / path).resolve()
+  name = f'config_file_{file.stem}'
+  spec = importlib.util.spec_from_file_location(name, file)
+  if not file.is_file() or spec is None or spec.loader is None:
+    raise errors.UserError(f'There is no Python file {file}, which {beside} uses.')
+  module = importlib.util.module_from_spec(spec)
+  # As `import` does: data classes look their module up.
+  sys.modules[name] = module
+  spec.loader.exec_module(module)
+  return module
 
 
 def placeholders(fn: Callable[..., Any]) -> Config:

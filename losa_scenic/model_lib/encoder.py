@@ -61,7 +61,7 @@ class Block(nn.Module):
     self.fc1 = linear(spec.mlp, bias_init=mlp_bias)
     self.fc2 = linear(spec.width, bias_init=mlp_bias)
 
-  def __call__(self, x: Float[Array, 'b n d'], at: layers.At) -> Float[Array, 'b n d']:
+  def __call__(self, x: Float[Array, 'b n d'], at: layers.At) -> Float[Array, 'b m d']:
     def attend(qkv: Any) -> Array:
       q, k, v, *mask = qkv
       return layers.attention(q, k, v, self.spec.heads, *mask)
@@ -92,7 +92,7 @@ class Layer(nn.Module):
   """
 
   spec: BackboneSpec
-  inserts: sites.LayerInserts
+  inserts: tuple[tuple[sites.Where, sites.MakeInsert], ...]  # Scanning would sort a dict's keys.
   collect: tuple[str, ...]
   ctx: sites.Ctx
   dtype: DType = jnp.float32
@@ -101,7 +101,7 @@ class Layer(nn.Module):
     # Made in setup, never inside an operation: a module built lazily inside an insert would be
     # adopted by the insert, and frozen weights would move into its subtree.
     self.block = Block(self.spec, dtype=self.dtype)
-    self.insert = {sites.name_of(where): make() for where, make in self.inserts.items()}
+    self.insert = {sites.name_of(where): make() for where, make in self.inserts}
 
   def __call__(
     self, x: Float[Array, 'b n d'], layer: PyTree | None, shared: PyTree | None
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
     if not self.scan:
       seen = []
       for i in range(self.spec.depth):
-        inserts = sites.of_layer(self.inserts, i)
+        inserts = tuple(sites.of_layer(self.inserts, i).items())
         module = body(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name=f'layers_{i}')
         x, values = module(x, jax.tree.map(lambda a, i=i: a[i], per_layer), shared)
         seen.append(values)
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
       in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax's type is too narrow)
       length=self.spec.depth,
     )
-    inserts = sites.of_layer(self.inserts, 0)
+    inserts = tuple(sites.of_layer(self.inserts, 0).items())
     return scanned(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name='layers')(
       x, per_layer, shared
     )

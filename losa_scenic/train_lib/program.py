@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from losa_scenic.adapt_lib import fold
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
@@ -54,6 +55,8 @@ def build_program(
   sharding.check_batch_size('batch_size', config.batch_size, mesh)
   sharding.check_batch_size('eval_batch_size', config.eval_batch_size, mesh)
   model = model_cls(config, dataset.meta_data)
+  if config.export_backbone:
+    fold.check(model.flax_model.method)
   inputs, wanted = tuple(dataset.meta_data['input_shape'][1:]), model.backbone.spec.input_shape
   if inputs != wanted:
     raise errors.UserError(

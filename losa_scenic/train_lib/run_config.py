@@ -105,7 +105,8 @@ def default_config() -> Config:
   c.checkpoint = True
   c.checkpoint_steps = config_dict.placeholder(int)
   c.max_checkpoint_keep = 2
-  # Method 'full' only: write the tuned backbone, in float16, as this NAME.safetensors.
+  # Write the tuned backbone, what was inserted merged into it, in float16, as this
+  # NAME.safetensors. Not every method can be merged.
   c.export_backbone = ''
   return c.lock()
 
@@ -154,8 +155,6 @@ def check(config: Config) -> None:
     _at_least(f'augment.{field}', augment[field], 0)
   if not 0 <= config.label_smoothing < 1:
     raise errors.UserError(f'label_smoothing must be in [0, 1): {config.label_smoothing}.')
-  if config.export_backbone and config.method != 'full':
-    raise errors.UserError(f"export_backbone needs method 'full', not '{config.method}'.")
 
 
 def check_overrides(config: Config, overrides: dict[str, Any]) -> None:

@@ -35,7 +35,8 @@ def train_step(
     frozen: the parameters that never change; no gradient is ever taken with respect to them.
     batch: 'inputs' [b h w 3], 'label', 'batch_mask'.
     flax_model: the adapted model.
-    loss_fn: `loss_fn(logits, batch)` -> scalar that is minimised.
+    loss_fn: `loss_fn(logits, batch)` -> scalar that is minimised, with the method's penalty if it
+      has one.
     metrics_fn: `metrics_fn(logits, batch)` -> {name: (sum, normalizer)}.
     tx: the optimizer over the trainable tree.
     augment: `augment(rng, batch)` -> batch, or None.
@@ -49,6 +50,8 @@ def train_step(
   if augment is not None:
     batch = augment(augment_rng, batch)
 
+  penalty = flax_model.method.penalty
+
   def loss_and_logits(trainable: Params) -> tuple[Array, tuple[Array, Any]]:
     logits, model_state = flax_model.apply(
       {'params': combine(trainable, frozen), **state.model_state},
@@ -57,7 +60,10 @@ def train_step(
       rngs={'dropout': dropout_rng},
       mutable=list(state.model_state),
     )
-    return loss_fn(logits, batch), (logits, model_state)
+    loss = loss_fn(logits, batch)
+    if penalty is not None:
+      loss += penalty(trainable)
+    return loss, (logits, model_state)
 
   (loss, (logits, model_state)), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(
     state.trainable

@@ -10,7 +10,8 @@ import flax
 import jax
 
 from losa_scenic import __version__
-from losa_scenic.adapt_lib.method import BACKBONE, combine, split_head
+from losa_scenic.adapt_lib import fold
+from losa_scenic.adapt_lib.method import combine, split_head
 from losa_scenic.common_lib import trees
 from losa_scenic.common_lib.types import Config, Params
 from losa_scenic.model_lib import checkpoints, encoder
@@ -103,9 +104,14 @@ def export_backbone(
   config: Config,
   evaluation: Mapping[str, float],
 ) -> None:
-  """Writes the tuned backbone, without classifier, where `config.export_backbone` says."""
-  params = combine(jax.device_get(state.trainable), jax.device_get(program.frozen))[BACKBONE]
-  stacked = params if program.model.flax_model.scan else encoder.stack_layers(params)
+  """Writes the tuned backbone, without classifier, where `config.export_backbone` says.
+
+  What the method inserted is merged into the weights (see `fold`).
+  """
+  model = program.model.flax_model
+  params = combine(jax.device_get(state.trainable), jax.device_get(program.frozen))
+  params = fold.fold(model, params)
+  stacked = params if model.scan else encoder.stack_layers(params)
   recipe = config.to_dict()
   # The card travels with the weights: names of files, not where they lay on this machine.
   if recipe['dataset_configs'].get('path'):

@@ -8,20 +8,13 @@ A second sweep, `tune.py:DIR,regularise`, looks for what keeps LoSA from overfit
 close to the pretraining data: weight decay towards the identity, and a smaller alpha.
 """
 
-import importlib.util
-import pathlib
 from types import SimpleNamespace
 from typing import Any
 
+from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib.types import Config
 
-# Config files are loaded by path, not as a package.
-_SPEC = importlib.util.spec_from_file_location(
-  'packs', pathlib.Path(__file__).with_name('packs.py')
-)
-assert _SPEC is not None and _SPEC.loader is not None
-packs = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(packs)
+packs = config_lib.load_file(__file__, 'packs.py')
 
 RATE = 'config.lr_configs.base_learning_rate'
 RANK = 'config.method_configs.losa.rank'

@@ -17,6 +17,7 @@ BATCH = 8
 
 def tiny(method='losa', pool='cls', scan=False, **options):
   spec = presets.preset('test/8', pool=pool)
+  options = {'hst': {'stages': 3}}.get(method, {}) | options
   return Adapted(spec, methods.build(method, spec, options), num_classes=5, scan=scan)
 
 
@@ -86,6 +87,32 @@ def test_losa_spares_the_backbone_however_it_is_executed(execution):
   cost.check_residuals(model, BATCH)
   with pytest.raises(AssertionError, match='keeps activations'):
     cost.check_residuals(leaking(model), BATCH)
+
+
+@pytest.mark.parametrize('k', [1, 2])
+def test_tuning_the_last_layers_keeps_nothing_of_those_below(k):
+  def kept(depth):
+    spec = presets.preset('test/8', depth=depth)
+    method = methods.build('last_k', spec, {'k': k})
+    assert (method.memory_class, method.first) == ('B', depth - k)
+    return cost.residuals(Adapted(spec, method, 5), BATCH)
+
+  assert kept(3) == kept(6)
+  hidden = [shape for shape, _ in kept(6) if shape == (BATCH, 17, 64)]
+  assert hidden and len(hidden) % k == 0
+
+
+@pytest.mark.parametrize(
+  ('name', 'want'),
+  [
+    *((name, 'A') for name in ('losa', 'linear', 'lst', 'last', 'res_tuning_bypass', 'head2toe')),
+    *((name, 'B') for name in ('last_k', 'dtl')),
+    *((name, 'D') for name in ('full', 'mlp_only', 'attention_only')),
+    *((name, 'C') for name in ('bitfit', 'lora', 'adapter', 'vpt_shallow', 'toast', 'hst', 'ssf')),
+  ],
+)
+def test_memory_classes(name, want):
+  assert tiny(name).method.memory_class == want
 
 
 def test_full_fine_tuning_keeps_the_activations_of_every_block():

@@ -13,7 +13,7 @@ import pytest
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import BACKBONE, combine, partition, split_head
-from losa_scenic.common_lib import config, trees
+from losa_scenic.common_lib import config, errors, trees
 from losa_scenic.model_lib import presets
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import ClassificationModel
@@ -25,25 +25,53 @@ from losa_scenic.train_lib.state import TrainState
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / 'tests' / 'golden' / 'param_counts.json').read_text())['rows']
 CLASSES = 5
-# (method, its options, `BackboneSpec` changes). A new method appears in the first list by itself.
+NAMES = sorted(methods.METHODS)
+# Options that fit a backbone of three layers, where the defaults do not.
+OPTIONS = {'hst': {'stages': 3}}
+NO_CLIPS = {'hst'}  # reads the image itself: with a MAP head instead
+VIDEO = 'vivit-test/8x2'  # with a MAP head and without a class token
+
+
+# (method, options, backbone, `BackboneSpec` changes). A new method appears by itself.
 CASES = [
-  (name, {}, {'pool': pool}) for name in sorted(methods.METHODS) for pool in ('cls', 'map')
-] + [
-  ('losa', {}, {'pool': 'gap'}),
-  ('full', {'token_keep': 0.5}, {'pool': 'cls'}),
-  ('losa', {'adaptor': 'low_rank_mlp', 'num_layers': 2}, {'pool': 'gap', 'class_token': True}),
-  ('losa', {'activation': 'both', 'rank': 3}, {'pool': 'cls'}),
-  ('losa', {'y0': 'b_0', 'activation': 'mhsa'}, {'pool': 'cls'}),
-  ('losa', {'map_head_lora_rank': 2}, {'pool': 'map', 'class_token': True}),
+  *((name, OPTIONS.get(name, {}), 'test/8', {}) for name in NAMES),
+  *((name, OPTIONS.get(name, {}), VIDEO, {}) for name in NAMES if name not in NO_CLIPS),
+  *((name, OPTIONS.get(name, {}), 'test/8', {'pool': 'map'}) for name in sorted(NO_CLIPS)),
+  ('losa', {}, 'test/8', {'pool': 'gap'}),
+  ('full', {'token_keep': 0.5}, 'test/8', {'pool': 'cls'}),
+  (
+    'losa',
+    {'adaptor': 'low_rank_mlp', 'num_layers': 2},
+    'test/8',
+    {'pool': 'gap', 'class_token': True},
+  ),
+  ('losa', {'activation': 'both', 'rank': 3}, 'test/8', {'pool': 'cls'}),
+  ('losa', {'y0': 'b_0', 'activation': 'mhsa'}, 'test/8', {'pool': 'cls'}),
+  ('losa', {'map_head_lora_rank': 2}, 'test/8', {'pool': 'map', 'class_token': True}),
 ]
-IDS = ['-'.join([m, *map(str, (o | c).values())]) for m, o, c in CASES]
-every_case = pytest.mark.parametrize(('method', 'options', 'changes'), CASES, ids=IDS)
-one_case_per_method = pytest.mark.parametrize('method', sorted(methods.METHODS))
+IDS = ['-'.join([m, b.split('/')[0], *map(str, (o | c).values())]) for m, o, b, c in CASES]
+every_case = pytest.mark.parametrize(('method', 'options', 'backbone', 'changes'), CASES, ids=IDS)
+one_case_per_method = pytest.mark.parametrize('method', NAMES)
 
 
-def adapted(method, options=None, changes=None, **execution):
-  spec = presets.preset('test/8', **(changes or {}))
-  return Adapted(spec, methods.build(method, spec, options), CLASSES, **execution)
+def adapted(method, options=None, backbone='test/8', changes=None, **execution):
+  """The model; its layers are scanned if they can be, unless `execution` says otherwise."""
+  spec = presets.preset(backbone, **(changes or {}))
+  built = methods.build(method, spec, OPTIONS.get(method) if options is None else options)
+  return Adapted(spec, built, CLASSES, **{'scan': not built.unrolled, **execution})
+
+
+def inputs_of(model, make_batch, size, seed=0):
+  """A batch of random images or clips."""
+  batch = make_batch(size, seed=seed)
+  rng = np.random.default_rng(seed)
+  batch['inputs'] = rng.standard_normal(model.input_shape(size)).astype(np.float32)
+  return batch
+
+
+def variables(model, params):
+  """Parameters with the model's other variables at their start."""
+  return {'params': params, **model.init_model_state()}
 
 
 def of_plain_backbone(params):
@@ -69,7 +97,7 @@ def train(model, trainable, frozen, batches, tx, mesh=None):
       tx=tx,
     )
   )
-  state = TrainState.create(trainable, tx, jax.random.key(1))
+  state = TrainState.create(trainable, tx, jax.random.key(1), model.init_model_state())
   if mesh is not None:
     state, frozen = sharding.replicate((state, frozen), mesh)
     batches = [sharding.put(batch, mesh) for batch in batches]
@@ -83,14 +111,14 @@ def trained(random_like, make_batch):
   """`fn(method, options, changes)` -> (model, trainable, frozen before, state, frozen after)."""
   done = {}
 
-  def run(method, options, changes):
-    key = json.dumps([method, options, changes])
+  def run(method, options, backbone, changes):
+    key = json.dumps([method, options, backbone, changes])
     if key not in done:
-      model = adapted(method, options, changes, scan=True)
+      model = adapted(method, options, backbone, changes)
       trainable = model.init_trainable(jax.random.key(0))
       frozen = partition(model.param_shapes(), model.method)[1]
       before = jax.tree.map(np.asarray, (trainable, random_like(frozen)))
-      batches = [make_batch(4, seed=i) for i in range(3)]
+      batches = [inputs_of(model, make_batch, 4, seed=i) for i in range(3)]
       tx = optax.adamw(1e-3, weight_decay=0.0)
       frozen = jax.tree.map(jnp.asarray, before[1])
       done[key] = (model, *before, *train(model, before[0], frozen, batches, tx))
@@ -101,11 +129,11 @@ def trained(random_like, make_batch):
 
 @every_case
 def test_features_equal_the_frozen_models_at_init(
-  method, options, changes, random_like, make_batch
+  method, options, backbone, changes, random_like, make_batch
 ):
-  model = adapted(method, options, changes, scan=True)
+  model = adapted(method, options, backbone, changes)
   stored = random_like(of_plain_backbone(model.param_shapes()))
-  images = make_batch(2)['inputs']
+  images = inputs_of(model, make_batch, 2)['inputs']
   flat = {f'{BACKBONE}/{path}': leaf for path, leaf in trees.flatten(stored).items()}
 
   @jax.jit
@@ -114,8 +142,8 @@ def test_features_equal_the_frozen_models_at_init(
     return {path: leaf for path, leaf in values.items() if path not in flat}
 
   params = trees.unflatten(flat | added(jax.random.key(0)))
-  ours = model.apply({'params': params}, images, method=model.features)
-  plain = ViT(model.spec, {}, scan=True).apply({'params': stored}, images)
+  ours = model.apply(variables(model, params), images, method=model.features)
+  plain = ViT(model.spec, {}, scan=model.scan).apply({'params': stored}, images)
   same = np.array_equal(ours, plain)  # bit for bit
   assert same == model.method.exact_at_init
 
@@ -123,9 +151,14 @@ def test_features_equal_the_frozen_models_at_init(
 @every_case
 @pytest.mark.parametrize('scan', [False, True], ids=['unroll', 'scan'])
 def test_frozen_paths_and_shapes_are_the_plain_backbones_minus_what_trains(
-  method, options, changes, scan
+  method, options, backbone, changes, scan
 ):
-  model = adapted(method, options, changes, scan=scan)
+  spec = presets.preset(backbone, **changes)
+  if scan and methods.build(method, spec, options).unrolled:
+    with pytest.raises(errors.UserError, match='treats layers differently'):
+      adapted(method, options, backbone, changes, scan=True).param_shapes()
+    return
+  model = adapted(method, options, backbone, changes, scan=scan)
   plain = ViT(model.spec, {}, scan=scan)
   inputs = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
   plain = trees.describe(jax.eval_shape(plain.init, jax.random.key(0), inputs)['params'])
@@ -138,12 +171,11 @@ def test_frozen_paths_and_shapes_are_the_plain_backbones_minus_what_trains(
 
 @pytest.mark.parametrize(
   'row',
-  [row for row in GOLDEN if not row['backbone'].startswith('vivit')],
+  GOLDEN,
   ids=lambda r: '-'.join([r['backbone'], r['method'], *map(str, r['set'].values())]),
 )
 def test_number_of_trainable_parameters(row):
-  spec = presets.preset(row['backbone'])
-  model = Adapted(spec, methods.build(row['method'], spec, row['set']), CLASSES, scan=True)
+  model = adapted(row['method'], row['set'], row['backbone'])
   assert count_without_head(model) == row['trainable_params']
 
 
@@ -162,8 +194,8 @@ def test_every_method_has_a_known_parameter_count():
 
 
 @every_case
-def test_every_trainable_leaf_moves_within_three_steps(method, options, changes, trained):
-  _, before, _, state, _ = trained(method, options, changes)
+def test_every_trainable_leaf_moves_within_three_steps(method, options, backbone, changes, trained):
+  _, before, _, state, _ = trained(method, options, backbone, changes)
   before, after = trees.flatten(before), trees.flatten(state.trainable)
   assert set(before) == set(after)
   # A bias on all keys shifts each row of logits by a constant, which the softmax does not see.
@@ -174,8 +206,10 @@ def test_every_trainable_leaf_moves_within_three_steps(method, options, changes,
 
 
 @every_case
-def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(method, options, changes, trained):
-  _, before, frozen_before, state, frozen = trained(method, options, changes)
+def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(
+  method, options, backbone, changes, trained
+):
+  _, before, frozen_before, state, frozen = trained(method, options, backbone, changes)
   assert trees.digest(frozen) == trees.digest(frozen_before)
   moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim or leaf.size > 1]
   scalars = [leaf for leaf in jax.tree.leaves(before) if not leaf.ndim]
@@ -188,20 +222,22 @@ def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(method, options, 
 
 @one_case_per_method
 def test_checkpoint_round_trip_holds_no_backbone(method, tmp_path, random_like, make_batch):
-  model = adapted(method, changes={'mlp': 4096}, scan=True)
+  model = adapted(method, changes={'mlp': 4096})
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))
   tx, images = optax.adamw(1e-3), make_batch(2)['inputs']
-  state = TrainState.create(jax.tree.map(jnp.asarray, trainable), tx, jax.random.key(0))
+  more = model.init_model_state()
+  state = TrainState.create(jax.tree.map(jnp.asarray, trainable), tx, jax.random.key(0), more)
   writer = Checkpoints(tmp_path, {'backbone': 'test/8', 'method': method})
   writer.save(state)
   writer.close()
   reader = Checkpoints(tmp_path, {'backbone': 'test/8', 'method': method})
-  like = TrainState.create(jax.tree.map(jnp.zeros_like, state.trainable), tx, jax.random.key(9))
+  zeros = jax.tree.map(jnp.zeros_like, (state.trainable, more))
+  like = TrainState.create(zeros[0], tx, jax.random.key(9), zeros[1])
   restored = reader.restore(like)
   reader.close()
   logits = [
-    model.apply({'params': combine(tree, frozen)}, images)
-    for tree in (trainable, restored.trainable)
+    model.apply({'params': combine(tree, frozen), **other}, images)
+    for tree, other in ((trainable, more), (restored.trainable, restored.model_state))
   ]
   assert np.array_equal(*logits) and np.ptp(logits[0]) > 0
   size = sum(path.stat().st_size for path in tmp_path.rglob('*') if path.is_file())
@@ -213,7 +249,7 @@ def test_checkpoint_round_trip_holds_no_backbone(method, tmp_path, random_like, 
 
 @one_case_per_method
 def test_one_device_equals_two(method, random_like, make_batch):
-  model = adapted(method, {'rank': 2} if method == 'losa' else {}, scan=True)
+  model = adapted(method, {'rank': 2} if method == 'losa' else None)
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))
   # SGD, because Adam turns the rounding of a gradient that should be 0 into a step of full size.
   tx, batches = optax.sgd(1e-2), [make_batch(4, seed=i) for i in range(3)]

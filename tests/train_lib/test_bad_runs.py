@@ -66,10 +66,11 @@ MISTAKES = {
   ),
   'image size': (
     ['--config.dataset_configs.image_size=64'],
-    ('64 pixels', 'position embedding', 'test/8', '32'),
+    ('[64, 64, 3]', 'position embedding', 'test/8', '[32, 32, 3]'),
   ),
   'batch size': (['--config.batch_size=15'], ('batch_size 15', 'multiple of 2 devices')),
   'eval batch size': (['--config.eval_batch_size=3'], ('eval_batch_size 3', '2 devices')),
+  'export': (['--config.export_backbone=x'], ('cannot be merged', 'side network')),
   'rank': (['--config.method_configs.losa.rank=0'], ('rank', '0')),
   'warm-up': (['--config.lr_configs.warmup_steps=9'], ('warmup_steps 9', 'below 4')),
   'dtype': (['--config.model_dtype_str=float31'], ("'float31'", "Did you mean 'float32'")),
