@@ -78,7 +78,7 @@ def union(methods: Mapping[str, Method]) -> Method:
 
 
 def _check_order(methods: Mapping[str, Method], adding: list[str]) -> None:
-  """Raises `UserError` if an insert stands around one that adds tokens: it would adapt those too."""
+  """Raises `UserError` if an insert stands around one that adds tokens: it would see those too."""
   names = list(methods)
   for inner in adding:
     for outer in names[names.index(inner) + 1 :]:

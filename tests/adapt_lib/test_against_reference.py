@@ -71,7 +71,7 @@ CASES = [
   ('convpass_attn', {'bottleneck': 3, 'scale': 0.5}, MAP),
   ('st_adapter', {'bottleneck': 3}, CLIP),
   ('st_adapter', {'bottleneck': 3, 'kernel': '3,1,1', 'placement': 'mlp'}, CLIP),
-  ('st_adapter', {'bottleneck': 3, 'activation': 'relu'}, {**CLS, 'depth': 2}),
+  ('st_adapter', {'bottleneck': 6, 'activation': 'relu'}, {**CLS, 'depth': 2}),
   ('losa', {'rank': 3}, CLS),
   ('losa', {'rank': 3, 'map_head_lora_rank': 2}, MAP),
   ('losa', {'rank': 3, 'map_head_lora_rank': 2}, CLIP),

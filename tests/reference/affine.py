@@ -55,9 +55,11 @@ class DoRA(LoRA):
     if name not in self.targets() or i == 'map':
       return ViT.project(self, i, name, x)
     p, path = self.insert(i, name), self.path(i, name)
-    v = self.params[f'{path}/kernel'] + self.scale() * p['a'] @ p['b']
+    w = self.params[f'{path}/kernel']
+    v = w + self.scale() * p['a'] @ p['b']
     norm = numeric.detached(numeric.length(v, axis=0))
-    return x @ (v * (p['magnitude_bias'] / norm)) + self.params[f'{path}/bias']
+    magnitude = numeric.length(w, axis=0) + p['magnitude_bias']
+    return x @ (v * (magnitude / norm)) + self.params[f'{path}/bias']
 
   def mlp(self, i, h):
     return ViT.mlp(self, i, h)
