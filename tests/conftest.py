@@ -6,7 +6,8 @@ import sys
 
 # Before anything imports jax.
 os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=2'
+  os.environ.get('XLA_FLAGS', '')
+  + ' --xla_force_host_platform_device_count=2 --xla_cpu_use_fusion_emitters=false'
 ).strip()
 # Nearly all time goes into compiling programs that run for milliseconds: halves the time of a run.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')

@@ -1,7 +1,8 @@
 """Convolutions over the token grid, by whatever is fast.
 
 XLA has no good program for depthwise convolutions on CPU: a sum of shifted copies, one for every
-entry of the window, took a fiftieth of the time of `lax.conv_general_dilated` there.
+entry of the window, took a fiftieth of the time of `lax.conv_general_dilated` there on [8 4 8 8 96]
+and a twentieth on [2 8 14 14 384], forward and backward.
 """
 
 import itertools

@@ -56,7 +56,7 @@ def build(
     errors.UserError: for a value out of range.
   """
   del spec
-  inserts.check_low_rank('DoRA', rank, dropout)
+  inserts.check_options('DoRA', rank=rank, dropout=dropout)
   scale = inserts.low_rank_scale('DoRA', rank, alpha)
   make = functools.partial(DoRA, rank=rank, scale=scale, dropout=dropout)
   return Method(inserts=dict.fromkeys(inserts.targets('DoRA', targets, TARGETS), make))

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from losa_scenic.adapt_lib import inserts
+from losa_scenic.adapt_lib import convolutions, inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
@@ -159,22 +159,15 @@ class Depthwise(nn.Module):
   width: int
 
   @nn.compact
-  def __call__(self) -> Float[Array, 'k k 1 d']:
-    shape = (self.kernel, self.kernel, 1, self.width)
+  def __call__(self) -> Float[Array, 'k k d']:
+    shape = (self.kernel, self.kernel, self.width)
     return self.param('conv_kernel', inserts.uniform(1 / self.kernel), shape)
 
 
 def convolve(x: Float[Array, 'b n d'], kernel: Any, ctx: Ctx) -> Float[Array, 'b n d']:
-  """Depthwise convolution, kernel [k k 1 d], of the grid's tokens frame by frame; same size."""
+  """Depthwise convolution, kernel [k k d], of the grid's tokens frame by frame; same size."""
   prefix, grid, end = ctx.split(x)
-  y = jax.lax.conv_general_dilated(
-    grid.reshape(-1, *grid.shape[2:]),
-    kernel.astype(x.dtype),
-    window_strides=(1, 1),
-    padding='SAME',  # k = 4: the odd row and column of zeros stand below and to the right.
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-    feature_group_count=x.shape[-1],
-  )
+  y = convolutions.depthwise(grid, kernel[None])
   return jnp.concatenate([prefix, y.reshape(x.shape[0], -1, x.shape[-1]), end], axis=1)
 
 

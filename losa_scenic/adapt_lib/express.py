@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Float
 
-from losa_scenic.adapt_lib import tokens
+from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
@@ -45,7 +45,7 @@ def build(spec: BackboneSpec, *, prompts: int = 10, places: str = 'norm1,out') -
   Raises:
     errors.UserError: for a value out of range.
   """
-  tokens.check_count('express prompts', prompts)
+  inserts.check_options('express', prompts=prompts)
   names = places.split(',')
   for name in names:
     errors.one_of('express place', name, PLACES)

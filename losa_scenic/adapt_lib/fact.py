@@ -79,7 +79,7 @@ def tk(
 
 
 def _check(name: str, spec: BackboneSpec, rank: int, scale: float, dropout: float) -> None:
-  inserts.check_low_rank(name, rank, dropout)
+  inserts.check_options(name, rank=rank, dropout=dropout)
   if not scale > 0:
     raise errors.UserError(f'{name} scale must be greater than 0, got {scale}.')
   if spec.mlp < spec.width:

@@ -45,14 +45,6 @@ def targets(method: str, given: str, allowed: Sequence[str]) -> tuple[str, ...]:
   return tuple(name for name in allowed if name in names)
 
 
-def check_low_rank(method: str, rank: int, dropout: float = 0.0) -> None:
-  """Raises `errors.UserError` for a rank below 1 or a dropout rate outside [0, 1)."""
-  if rank < 1:
-    raise errors.UserError(f'{method} rank must be at least 1, got {rank}.')
-  if not 0 <= dropout < 1:
-    raise errors.UserError(f'{method} dropout must be in [0, 1), got {dropout}.')
-
-
 def low_rank_scale(method: str, rank: int, alpha: float | None) -> float:
   """alpha / rank; 1 without an alpha. Raises `errors.UserError` for an alpha that is not > 0."""
   if alpha is not None and not alpha > 0:
@@ -60,12 +52,13 @@ def low_rank_scale(method: str, rank: int, alpha: float | None) -> float:
   return 1.0 if alpha is None else alpha / rank
 
 
-_RANGES: dict[str, tuple[str, Callable[[int | float], bool]]] = {
-  'bottleneck': ('at least 1', lambda value: value >= 1),
-  'groups': ('at least 1', lambda value: value >= 1),
+_Range = tuple[str, Callable[[int | float], bool]]
+_COUNT: _Range = ('at least 1', lambda value: value >= 1)
+_RATE: _Range = ('in [0, 1)', lambda value: 0 <= value < 1)
+_RANGES: dict[str, _Range] = {
+  **dict.fromkeys(('rank', 'bottleneck', 'groups', 'prompts', 'length'), _COUNT),
+  **dict.fromkeys(('dropout', 'drop_path'), _RATE),
   'scale': ('positive', lambda value: 0 < value < float('inf')),
-  'dropout': ('in [0, 1)', lambda value: 0 <= value < 1),
-  'drop_path': ('in [0, 1)', lambda value: 0 <= value < 1),
 }
 
 

@@ -60,7 +60,7 @@ def build(
       does not have.
   """
   chosen = inserts.targets('LoRA', targets, TARGETS)
-  inserts.check_low_rank('LoRA', rank, dropout)
+  inserts.check_options('LoRA', rank=rank, dropout=dropout)
   scale = inserts.low_rank_scale('LoRA', rank, alpha)
   others = [name for name in chosen if name not in inserts.QKV]
   if shared_down and others:

@@ -63,7 +63,7 @@ def build(
   Raises:
     errors.UserError: for a value out of range, or options that exclude each other.
   """
-  tokens.check_dropout('noah', dropout)
+  inserts.check_options('noah', dropout=dropout)
   given = {'prompts': prompts, 'rank': rank, 'bottleneck': bottleneck}
   if architecture is not None:
     errors.one_of('noah architecture', architecture, ARCHITECTURES)

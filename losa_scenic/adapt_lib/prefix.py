@@ -15,7 +15,7 @@ import functools
 
 import flax.linen as nn
 
-from losa_scenic.adapt_lib import tokens
+from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.presets import BackboneSpec
@@ -35,7 +35,7 @@ def build(spec: BackboneSpec, *, length: int = 10, init: str = 'xavier') -> Meth
   Raises:
     errors.UserError: for a value out of range.
   """
-  tokens.check_count('prefix length', length)
+  inserts.check_options('prefix', length=length)
   errors.one_of('prefix init', init, INITS)
   xavier = tokens.xavier_init(length, spec.width)
   make = functools.partial(

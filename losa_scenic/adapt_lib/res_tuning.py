@@ -37,8 +37,7 @@ def build(spec: BackboneSpec, *, length: int = 10, dropout: float = 0.0) -> Meth
   Raises:
     errors.UserError: for a value out of range.
   """
-  tokens.check_count('res_tuning length', length)
-  tokens.check_dropout('res_tuning', dropout)
+  inserts.check_options('res_tuning', length=length, dropout=dropout)
   init = tokens.xavier_init(length, spec.width)
   adapter = functools.partial(
     inserts.Bottleneck,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from losa_scenic.adapt_lib import inserts
-from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx, Op
@@ -34,18 +33,6 @@ def vpt_init(spec: BackboneSpec) -> nn.initializers.Initializer:
 def xavier_init(count: int, width: int) -> nn.initializers.Initializer:
   """Xavier-uniform of a tensor [1, count, width]: uniform within sqrt(6 / (width (count + 1)))."""
   return inserts.uniform(math.sqrt(6 / (width * (count + 1))))
-
-
-def check_count(what: str, count: int) -> None:
-  """Raises `UserError` unless there is at least one."""
-  if count < 1:
-    raise errors.UserError(f'{what} must be at least 1, got {count}.')
-
-
-def check_dropout(method: str, rate: float) -> None:
-  """Raises `UserError` for a rate outside [0, 1)."""
-  if not 0 <= rate < 1:
-    raise errors.UserError(f'{method} dropout must be in [0, 1), got {rate}.')
 
 
 class Prompts(nn.Module):

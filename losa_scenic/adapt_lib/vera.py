@@ -53,7 +53,7 @@ def build(
     errors.UserError: for a value out of range.
   """
   chosen = inserts.targets('VeRA', targets, TARGETS)
-  inserts.check_low_rank('VeRA', rank)
+  inserts.check_options('VeRA', rank=rank)
   if d_initial == 0:
     raise errors.UserError('VeRA d_initial must not be 0: with lambda_b = 0 nothing would train.')
   if seed < 0:

@@ -21,7 +21,7 @@ head.
 
 import functools
 
-from losa_scenic.adapt_lib import tokens
+from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import sites
@@ -100,8 +100,7 @@ def accumulate(
 def _prompts(
   method: str, spec: BackboneSpec, count: int, dropout: float, stay: bool = False
 ) -> sites.MakeInsert:
-  tokens.check_count(f'{method} prompts', count)
-  tokens.check_dropout(method, dropout)
+  inserts.check_options(method, prompts=count, dropout=dropout)
   return functools.partial(
     tokens.Prompts, count=count, init=tokens.vpt_init(spec), dropout=dropout, stay=stay
   )

@@ -91,8 +91,8 @@ def _of_equation(equation: core.JaxprEqn) -> int:
   turns = params['length'] if name == 'scan' else 1
   if name == 'cond':
     return max(_of_jaxpr(branch.jaxpr) for branch in params['branches'])
-  inner = [value for value in params.values() if isinstance(value, core.Jaxpr | core.ClosedJaxpr)]
-  return turns * sum(_of_jaxpr(getattr(value, 'jaxpr', value)) for value in inner)
+  inner = [v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in params.values()]
+  return turns * sum(_of_jaxpr(value) for value in inner if isinstance(value, core.Jaxpr))
 
 
 def _size(variable: Any) -> int:

@@ -21,7 +21,9 @@ published = config_lib.load_file(__file__, '../../configs/methods.py')
 PACKS = {'clothing10': 'accuracy', 'elpv_solar': 'per_class', 'signdigits': 'accuracy'}
 LEARNING_RATE = 3e-3
 # Methods that change the backbone's own matrices take a smaller one.
-LEARNING_RATES = dict.fromkeys(('full', 'last_k', 'mlp_only', 'attention_only'), 1e-3)
+LEARNING_RATES: dict[str, float] = dict.fromkeys(
+  ('full', 'last_k', 'mlp_only', 'attention_only'), 1e-3
+)
 SEEDS = (0, 1, 2)
 
 
@@ -41,9 +43,9 @@ def get_config(directory: str = '.') -> Config:
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
   config.layer_loop = 'unroll'
-  config.batch_size = 16
+  config.batch_size = 8
   config.eval_batch_size = 250
-  config.num_training_epochs = 5.0
+  config.num_training_epochs = 3.0
   config.lr_configs.warmup_steps = 30
   config.optimizer_configs.weight_decay = 1e-4
   config.log_summary_steps = 100

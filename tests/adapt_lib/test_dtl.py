@@ -29,7 +29,7 @@ def conv(x, kernel, grid, prefix):
             r, c = row + i - low, column + j - low
             if 0 <= r < height and 0 <= c < width:
               token = prefix + (t * height + r) * width + c
-              total = total + x[:, token] * kernel[i, j, 0]
+              total = total + x[:, token] * kernel[i, j]
         y[:, prefix + (t * height + row) * width + column] = total
   return y
 
@@ -172,7 +172,7 @@ def test_parameter_count_and_names(kernel):
     f'{layers}2/insert_block/a': (1, d, 3),
     f'{layers}2/insert_block/b': (1, 3, d),
   }
-  assert ours == want | ({'shared/conv_kernel': (4, 4, 1, d)} if kernel else {})
+  assert ours == want | ({'shared/conv_kernel': (4, 4, d)} if kernel else {})
 
 
 @pytest.mark.parametrize(

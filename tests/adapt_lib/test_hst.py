@@ -208,6 +208,30 @@ def test_training_normalises_over_the_batch_and_updates_running_means(random_lik
   np.testing.assert_allclose(stem['mean'], 0.1 * outputs.mean((0, 1, 2)), rtol=1e-3, atol=1e-5)
 
 
+def test_batch_norm_is_over_the_batch_of_all_devices(random_like, make_batch):
+  model, images = build(), make_batch(8)['inputs']
+  images[4:] += 2.0  # The halves differ: means of one device would be far from those of all.
+  params, state = random_like(model.param_shapes()), model.init_model_state()
+
+  @jax.jit
+  def run(images):
+    return model.apply(
+      {'params': params, **state},
+      images,
+      train=True,
+      method=model.features,
+      mutable=['batch_stats'],
+    )
+
+  mesh = jax.sharding.Mesh(np.asarray(jax.devices('cpu')[:2]), ('data',))
+  two = run(jax.device_put(images, jax.sharding.NamedSharding(mesh, jax.P('data'))))
+  for one, both in zip(*map(jax.tree.leaves, (run(images), two)), strict=True):
+    np.testing.assert_allclose(both, one, rtol=1e-3, atol=1e-3)
+  stem = two[1]['batch_stats']['side']['stem']['bn']['mean']
+  half = 0.1 * conv(params['side']['stem']['conv1'], images[:4], 1).mean((0, 1, 2))
+  assert np.abs(stem - half).max() > 0.01
+
+
 @pytest.mark.parametrize(
   ('options', 'changes', 'message'),
   [

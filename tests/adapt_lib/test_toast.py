@@ -70,7 +70,8 @@ def test_features_equal_the_equations(method, options, value_bias, random_like, 
   p, side, x = p['backbone'], p['side'], np.asarray(embedded, np.float64)
   first = encode(p, x, model.spec.heads, [0.0] * depth)
   # Between two tokens, so that it selects some and not others.
-  params['side']['xi'] = (first[0, 0] - first[0, 1]).astype(np.float32)
+  one, other = (token / np.linalg.norm(token) for token in first[0, :2])
+  params['side']['xi'] = (one - other).astype(np.float32)
   side['xi'] = np.asarray(params['side']['xi'], np.float64)
   have = model.apply({'params': params}, images, method=model.features)
   length = np.linalg.norm(first, axis=-1) * np.linalg.norm(side['xi'])

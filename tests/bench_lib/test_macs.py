@@ -1,4 +1,4 @@
-"""Multiply-accumulates: by hand on small programs, by XLA's count, and against the paper's tables."""
+"""Multiply-accumulates: by hand on small programs, by XLA, and against the tables of the paper."""
 
 import functools
 import json

@@ -104,7 +104,8 @@ def test_half_precision_compute_is_close(method, dtype, tolerance, random_like, 
   assert not close(have, want, 1e-6), 'half precision was not used'
 
 
-@pytest.mark.parametrize('method', METHODS)
+# One that only reads the weights, and those that compute with them in their own way.
+@pytest.mark.parametrize('method', ['linear', 'full', 'losa', 'dora', 'toast', 'noah'])
 def test_frozen_weights_may_be_stored_in_half_precision(
   method, random_like, make_batch, dtype='bfloat16'
 ):
@@ -134,7 +135,7 @@ def test_train_step_in_bfloat16_keeps_trainable_parameters_in_float32(
 
 
 @pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('pool', ['cls', 'gap', 'map'])
+@pytest.mark.parametrize('pool', ['gap', 'map'])
 def test_float32_step_never_promotes_a_dtype(method, pool, random_like, make_batch):
   model = adapted(method, pool)
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))

@@ -46,6 +46,7 @@ CASES = [
     {'pool': 'gap', 'class_token': True},
   ),
   ('losa', {'activation': 'both', 'rank': 3}, 'test/8', {'pool': 'cls'}),
+  ('losa', {'adaptor': 'transformer', 'transformer_width': 8}, 'test/8', {'pool': 'cls'}),
   ('losa', {'y0': 'b_0', 'activation': 'mhsa'}, 'test/8', {'pool': 'cls'}),
   ('losa', {'map_head_lora_rank': 2}, 'test/8', {'pool': 'map', 'class_token': True}),
 ]
@@ -129,20 +130,13 @@ def trained(random_like, make_batch):
 
 @every_case
 def test_features_equal_the_frozen_models_at_init(
-  method, options, backbone, changes, random_like, make_batch
+  method, options, backbone, changes, trained, make_batch
 ):
-  model = adapted(method, options, backbone, changes)
-  stored = random_like(of_plain_backbone(model.param_shapes()))
+  model, trainable, frozen, *_ = trained(method, options, backbone, changes)
+  params = combine(trainable, frozen)
   images = inputs_of(model, make_batch, 2)['inputs']
-  flat = {f'{BACKBONE}/{path}': leaf for path, leaf in trees.flatten(stored).items()}
-
-  @jax.jit
-  def added(rng):
-    values = trees.flatten(model.init(rng, jnp.zeros(model.input_shape()))['params'])
-    return {path: leaf for path, leaf in values.items() if path not in flat}
-
-  params = trees.unflatten(flat | added(jax.random.key(0)))
   ours = model.apply(variables(model, params), images, method=model.features)
+  stored = of_plain_backbone(params)
   plain = ViT(model.spec, {}, scan=model.scan).apply({'params': stored}, images)
   same = np.array_equal(ours, plain)  # bit for bit
   assert same == model.method.exact_at_init
@@ -253,13 +247,15 @@ def test_one_device_equals_two(method, random_like, make_batch):
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))
   # SGD, because Adam turns the rounding of a gradient that should be 0 into a step of full size.
   tx, batches = optax.sgd(1e-2), [make_batch(4, seed=i) for i in range(3)]
+  # HST divides by the standard deviation of four images: that amplifies rounding.
+  tolerance = 1e-4 if method == 'hst' else 1e-5
   states = []
   for n in (1, 2):
     mesh = jax.sharding.Mesh(np.asarray(jax.devices('cpu')[:n]), ('data',))
     assert mesh.size == n
     states.append(train(model, trainable, frozen, batches, tx, mesh)[0].trainable)
   for one, two, start in zip(*map(jax.tree.leaves, (*states, trainable)), strict=True):
-    np.testing.assert_allclose(one, two, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(one, two, rtol=1e-5, atol=tolerance)
     assert one.shape == start.shape
 
 

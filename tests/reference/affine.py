@@ -48,7 +48,7 @@ class LoRA(ViT):
 class DoRA(LoRA):
   """y = (m / |V|) (V x) + b with V = W + s B A, |V| per output unit and detached (Liu et al. 2024).
 
-  Section 4.3 there treats the norm as a constant.
+  Section 4.3 there treats the norm as a constant. The parameter is m - |W|, 0 at the start.
   """
 
   def project(self, i, name, x):

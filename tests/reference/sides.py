@@ -167,7 +167,7 @@ class DTL(ViT):
     added = self.h * numeric.sigmoid(self.options['beta'] * self.h)
     if self.options['kernel']:
       first, grid, last = self.split(added)
-      kernel = self.params['shared/conv_kernel'][:, :, 0]
+      kernel = self.params['shared/conv_kernel']
       frames = grid.reshape(-1, *grid.shape[2:])
       grid = numeric.depthwise(frames, kernel).reshape(grid.shape)
       added = self.join(first, grid, last)
