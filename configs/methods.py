@@ -3,10 +3,10 @@
   python -m losa_scenic.main --config=configs/methods.py:lora --config.dataset_name=image_folder \
       --config.dataset_configs.path=DIR --config.backbone=FILE
 
-The argument is a method, or several joined by '+' (the first one's recipe). Where a paper prints
-nothing, the entry says so. The recipes are those of VTAB-1K (1,000 training images, of which 10
-epochs are warm-up): 100 epochs on other data may be too many. Stochastic depth in the backbone,
-which some of the recipes have, is left out.
+The argument is a method, or several joined by '+'; the recipe is the first one's, also if another
+method is then chosen with --config.method. Where a paper prints nothing, the entry says so. The
+recipes are those of VTAB-1K, for 1,000 training images: 100 epochs, 10 of them of warm-up, may be
+too many on other data. Stochastic depth in the backbone, which some of them have, is left out.
 """
 
 import dataclasses
@@ -47,6 +47,7 @@ RECIPES = {
   'ssf': Recipe('adamw', 5e-3, 5e-5, 64, 100.0, 150, 'SSF, Lian et al. 2022: its scripts'),
   'dtl': Recipe('adamw', 1e-3, 0.05, 32, 110.0, 310, 'DTL, Fu et al. 2024: its scripts'),
   'adapter_plus': Recipe('adamw', 1e-3, 1e-4, 64, 100.0, 150, 'Steitz and Roth 2024: its configs'),
+  'toast': Recipe('momentum', 0.1, 1e-3, 32, 100.0, 310, 'TOAST, Shi et al. 2023: its grids'),
   'head2toe': Recipe('adamw', 0.01, 0.0, 128, 64.0, 0, 'Head2Toe, Evci et al. 2022: README'),
 }
 
@@ -105,7 +106,9 @@ PUBLISHED: dict[str, Published] = {
     'noah',
     {'rank': 8, 'dropout': 0.1},
   ),
-  'dtl': Published('Fu et al. 2024; learning rate and drop path per task', 'dtl', {'rank': 2}),
+  'dtl': Published(
+    'Fu et al. 2024; learning rate and drop path per task', 'dtl', {'rank': 2, 'pool': 'mean'}
+  ),
   'express': Published(f'Das et al. 2023; {_NO_RECIPE}', 'vpt', {'prompts': 10}),
   'fact_tk': Published(
     'Jie and Deng 2023; rank (16 or 32) and scale per task', 'noah', {'rank': 32, 'dropout': 0.1}
@@ -119,7 +122,7 @@ PUBLISHED: dict[str, Published] = {
   'head2toe': Published(
     'Evci et al. 2022; target size, kept share and coefficient by cross-validation per task',
     'head2toe',
-    {'target_size': 512, 'group_lasso': 1e-4},
+    {'target_size': 512},
   ),
   'hst': Published(
     'Lin et al. 2024; learning rate and weight decay per task',
@@ -129,7 +132,7 @@ PUBLISHED: dict[str, Published] = {
   ),
   'last': Published(f'Tang et al. 2024; {_NO_RECIPE}', 'noah', {'rank': 16}),
   'last_k': Published(
-    'VPT (Jia et al. 2022), Partial-k; k as in the LoSA paper, Table 7',
+    'Partial-k of VPT (Jia et al. 2022), which trains the final norm too; LoSA paper, Table 7',
     'vpt',
     {'k': 1},
     learning_rate=1e-3,
@@ -139,8 +142,8 @@ PUBLISHED: dict[str, Published] = {
   'lora': Published(
     'Hu et al. 2022; rank and recipe of NOAH (Zhang et al. 2022), which shares A among q, k, v',
     'noah',
-    {'rank': 8, 'dropout': 0.1},
-    large={'rank': 32, 'targets': _FIVE, 'map_head': True},
+    {'rank': 8, 'targets': 'qkv', 'shared_down': True, 'dropout': 0.1},
+    large={'rank': 32, 'targets': _FIVE, 'shared_down': False, 'map_head': True},
   ),
   'losa': Published(
     'Mercea et al. 2024, Table 1; no optimizer settings for VTAB are public, the recipe is ours',
@@ -154,7 +157,7 @@ PUBLISHED: dict[str, Published] = {
   'noah': Published(
     'Zhang et al. 2022; widths by search per task (option `architecture`), here 5 everywhere',
     'noah',
-    {'prompts': '5', 'rank': '5', 'bottleneck': '5', 'dropout': 0.1},
+    {'dropout': 0.1},
   ),
   'prefix': Published(
     f'Li and Liang 2021; length as in Res-Tuning (Jiang et al. 2023); {_NO_RECIPE}',
@@ -176,21 +179,20 @@ PUBLISHED: dict[str, Published] = {
   'res_tuning_bypass': Published(f'Jiang et al. 2023; {_NO_RECIPE}', 'noah', {'bottleneck': 10}),
   'ssf': Published('Lian et al. 2022; learning rate and weight decay per task', 'ssf'),
   'st_adapter': Published(
-    'Pan et al. 2022; its video recipe is AdamW 1e-3 at 256 clips, weight decay 0.01',
+    'Pan et al. 2022: d/2 channels as released, where the kernel is 3,1,1; 3,3,3 as in the LoSA '
+    'paper, where there are 768 channels. Its video recipe is AdamW 1e-3 at 256 clips',
     'noah',
     {'kernel': '3,3,3'},
     large={'bottleneck': 768, 'kernel': '3,3,3'},
   ),
   'toast': Published(
     'Shi et al. 2023; its feedback module is pre-tuned on ImageNet, here it starts from zero',
-    'vpt',
-    learning_rate=0.1,
+    'toast',
   ),
   'toast_lite': Published(
     'Shi et al. 2023; its feedback module is pre-tuned on ImageNet, here it starts from zero',
-    'vpt',
+    'toast',
     {'rank': 4},
-    learning_rate=0.1,
   ),
   'vera': Published(
     "Kopiczko et al. 2024; learning rate recalled as about ten times LoRA's",
@@ -199,7 +201,9 @@ PUBLISHED: dict[str, Published] = {
     learning_rate=1e-2,
   ),
   'vpt_deep': Published(
-    'Jia et al. 2022; prompts (1 to 200) and learning rate per task', 'vpt', {'prompts': 10}
+    'Jia et al. 2022; prompts (1 to 200) and learning rate per task',
+    'vpt',
+    {'prompts': 10, 'dropout': 0.1},
   ),
   'vpt_shallow': Published(
     'Jia et al. 2022; prompts (1 to 200) and learning rate per task', 'vpt', {'prompts': 100}
@@ -215,14 +219,14 @@ def get_config(method: str = 'losa') -> Config:
   """
   config = run_config.default_config()
   names = methods.parts(method)
-  for name in names:
-    set_options(config, name, PUBLISHED[name].options)
-  first = PUBLISHED[names[0]]
-  recipe = RECIPES[first.recipe]
+  for name, entry in PUBLISHED.items():
+    set_options(config, name, entry.options)
+    rate = entry.learning_rate or RECIPES[entry.recipe].learning_rate
+    config.method_learning_rates[name] = rate
+  recipe = RECIPES[PUBLISHED[names[0]].recipe]
   config.method = method
   config.optimizer = recipe.optimizer
   config.optimizer_configs.weight_decay = recipe.weight_decay
-  config.lr_configs.base_learning_rate = first.learning_rate or recipe.learning_rate
   config.lr_configs.warmup_steps = recipe.warmup_steps
   config.batch_size = recipe.batch_size
   config.num_training_epochs = recipe.epochs

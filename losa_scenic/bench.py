@@ -6,7 +6,6 @@ python -m losa_scenic.bench macs --backbone=g/14 --method=losa --set rank=64
 """
 
 import argparse
-import ast
 import json
 import pathlib
 import sys
@@ -27,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       return _check_all(args)
     if not (args.backbone and args.method):
       raise errors.UserError('Give --backbone and --method.')
-    options = methods.nested(args.method, parse_options(args.set))
+    options = methods.from_text(args.method, parse_options(args.set))
     backbone_options = {'pool': args.pool} if args.pool else {}
     measure = {'params': params.count, 'macs': macs.of_method}[args.command]
     result = measure(args.backbone, args.method, options, backbone_options, args.num_classes)
@@ -55,25 +54,20 @@ def _check_all(args: argparse.Namespace) -> int:
   return int(wrong > 0)
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, Any]:
-  """['rank=64', 'adaptor=low_rank_mlp'] -> {'rank': 64, 'adaptor': 'low_rank_mlp'}.
-
-  Values are Python literals where they can be read as such, else strings.
+def parse_options(pairs: Sequence[str]) -> dict[str, str]:
+  """['rank=64', 'adaptor=low_rank_mlp'] -> {'rank': '64', 'adaptor': 'low_rank_mlp'}.
 
   Raises:
     errors.UserError: for a pair without '=', or an option given twice.
   """
-  options: dict[str, Any] = {}
+  options: dict[str, str] = {}
   for pair in pairs:
     name, equals, value = pair.partition('=')
     if not equals or not name:
       raise errors.UserError(f"--set takes NAME=VALUE, not '{pair}'.")
     if name in options:
       raise errors.UserError(f'--set {name} is given twice.')
-    try:
-      options[name] = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-      options[name] = value
+    options[name] = value
   return options
 
 

@@ -84,6 +84,7 @@ def search(
       'The search compares choices on a validation split, and this data has none (train_split '
       "must be 'train')."
     )
+  noah_search.check_ceiling(backbone.spec.depth, backbone.spec.width, settings)
   given: Any = {'config': config, 'model_cls': model_cls, 'dataset': dataset, 'rng': rng}
   state, _, _ = trainer.train(**given, workdir=workdir, writer=writer)
   program, _ = build_program(**given)

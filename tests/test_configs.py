@@ -40,7 +40,9 @@ def test_the_published_config_of_a_method_is_a_valid_run(method):
   run = run_config.resolve(PUBLISHED.get_config(method))
   first = PUBLISHED.PUBLISHED[methods.parts(method)[0]]
   recipe = PUBLISHED.RECIPES[first.recipe]
-  assert run.lr_configs.base_learning_rate == (first.learning_rate or recipe.learning_rate)
+  rates = [PUBLISHED.PUBLISHED[part] for part in methods.parts(method)]
+  rates = [e.learning_rate or PUBLISHED.RECIPES[e.recipe].learning_rate for e in rates]
+  assert run.lr_configs.base_learning_rate == min(rates)
   assert (run.optimizer, run.batch_size) == (recipe.optimizer, recipe.batch_size)
   given = methods.options(run)
   for part in methods.parts(method):
@@ -60,10 +62,22 @@ def test_the_quickstart_has_a_learning_rate_for_every_method():
   assert all(rate and rate > 0 for rate in rates.values())
 
 
-def test_options_that_the_config_file_set_for_another_method_stay_out_of_the_way():
+def test_another_method_on_the_command_line_has_its_own_published_options_and_rate():
   path = ROOT / 'configs' / 'methods.py'
-  run, _ = app.parse(['main', f'--config={path}:vera', '--config.method=lora'])
-  assert methods.options(run) == {} and run.method == 'lora'
+  run, _ = app.parse(['main', f'--config={path}:lora', '--config.method=vera'])
+  assert methods.options(run) == {'rank': 256}
+  assert run_config.resolve(run).lr_configs.base_learning_rate == 1e-2
+  argv = [f'--config={path}:lora', '--config.method_learning_rates.lora=0.5']
+  run, _ = app.parse(['main', *argv])
+  assert run_config.resolve(run).lr_configs.base_learning_rate == 0.5
+
+
+def test_the_published_options_leave_room_for_others():
+  spec, options = presets.preset('B/16'), PUBLISHED.PUBLISHED
+  for more in ({'architecture': 'cifar'}, {'supernet': True}):
+    methods.build('noah', spec, {**options['noah'].options, **more})
+  first_stage = methods.build('head2toe', spec, options['head2toe'].options)
+  assert first_stage.penalty is not None
 
 
 def test_a_config_file_that_is_not_there():

@@ -32,7 +32,7 @@ from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
 from losa_scenic.model_lib.presets import BackboneSpec
 
-TARGETS = (*inserts.QKV, 'out', 'fc1', 'fc2')
+TARGETS = inserts.LINEAR_SITES
 
 
 def build(

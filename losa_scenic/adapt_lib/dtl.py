@@ -70,8 +70,8 @@ def build(
     raise errors.UserError(f'DTL rank must be at least 1, got {rank}.')
   if not 1 <= first <= spec.depth:
     raise errors.UserError(f'DTL first_block must be in 1..{spec.depth}, got {first}.')
-  if beta <= 0:
-    raise errors.UserError(f'DTL beta must be above 0, got {beta}.')
+  if not 0 < beta < float('inf'):
+    raise errors.UserError(f'DTL beta must be positive, got {beta}.')
   if kernel not in KERNELS:
     raise errors.UserError(f'DTL kernel must be one of {KERNELS} (0: no convolution): {kernel}.')
   errors.one_of('DTL pool', pool, POOLS)
@@ -177,6 +177,8 @@ class MeanThenNorm(nn.Module):
   @nn.compact
   def __call__(self, f: Op, x: Float[Array, 'b n d'], ctx: Ctx) -> Float[Array, 'b ...']:
     if ctx.site == 'pool':
+      if self.is_initializing():
+        f(x)  # A MAP head is not used, but its stored weights must still find their place.
       return x[:, 0]  # All tokens are the same.
     _, grid, _ = ctx.split(x)
     return jnp.broadcast_to(f(grid.mean(axis=(1, 2, 3))[:, None]), x.shape)

@@ -79,9 +79,7 @@ def tk(
 
 
 def _check(name: str, spec: BackboneSpec, rank: int, scale: float, dropout: float) -> None:
-  inserts.check_options(name, rank=rank, dropout=dropout)
-  if not scale > 0:
-    raise errors.UserError(f'{name} scale must be greater than 0, got {scale}.')
+  inserts.check_options(name, rank=rank, scale=scale, dropout=dropout)
   if spec.mlp < spec.width:
     raise errors.UserError(
       f'{name} cuts the MLP into slices of {spec.width} units, the width; it has only {spec.mlp}.'

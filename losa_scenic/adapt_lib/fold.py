@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from losa_scenic.adapt_lib.inserts import TokenDropout
+from losa_scenic.adapt_lib.inserts import LINEAR_SITES, TokenDropout
 from losa_scenic.adapt_lib.method import BACKBONE, Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Params
@@ -23,10 +23,9 @@ from losa_scenic.model_lib import encoder, layers, sites
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.presets import BackboneSpec
 
-_LINEAR = ('query', 'key', 'value', 'out', 'fc1', 'fc2')
 _POOL_LINEAR = ('pool_query', 'pool_key', 'pool_value', 'pool_out')
 _NORMS = ('norm1', 'norm2', 'norm')
-FOLDABLE_SITES = (*_LINEAR, *_POOL_LINEAR, *_NORMS, 'patch')
+FOLDABLE_SITES = (*LINEAR_SITES, *_POOL_LINEAR, *_NORMS, 'patch')
 # Relative to the largest output; folding itself is exact to float32 rounding.
 _TOLERANCE = 1e-4
 
@@ -170,7 +169,8 @@ def _probe_norm(
 
 
 def _check_same(site: str, have: Array, want: Array) -> None:
-  if jnp.abs(have - want).max() > _TOLERANCE * jnp.abs(have).max():
+  difference, largest = float(jnp.abs(have - want).max()), float(jnp.abs(have).max())
+  if not difference <= _TOLERANCE * largest:  # NaN is not, either.
     raise errors.UserError(
       f"This method cannot be merged into the backbone: with its insert, '{site}' is no longer a "
       'linear function of its input.'

@@ -33,7 +33,7 @@ from jaxtyping import Float, Num
 
 from losa_scenic.adapt_lib import selection as selection_lib
 from losa_scenic.adapt_lib.method import HEAD, Method, Run
-from losa_scenic.common_lib import errors
+from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Params
 from losa_scenic.model_lib.presets import BackboneSpec
 
@@ -66,8 +66,8 @@ def build(
     raise errors.UserError(f'Head2Toe target_size must be at least 1, got {target_size}.')
   if group_lasso is None:
     group_lasso = 0.0 if selection else GROUP_LASSO
-  if group_lasso < 0:
-    raise errors.UserError(f'Head2Toe group_lasso must not be negative, got {group_lasso}.')
+  if not 0 <= group_lasso < float('inf'):
+    raise errors.UserError(f'Head2Toe group_lasso must be at least 0, got {group_lasso}.')
   kept = None
   if selection:
     total = sum(tap_sizes(spec, target_size))
@@ -75,6 +75,7 @@ def build(
   return Method(
     collect=SITES,
     side=functools.partial(Head2Toe, depth=spec.depth, target_size=target_size, kept=kept),
+    files='' if kept is None else trees.digest({'kept': np.asarray(kept)}),
     penalty=functools.partial(sum_of_row_norms, weight=group_lasso) if group_lasso else None,
     exact_at_init=False,
   )

@@ -19,6 +19,7 @@ from losa_scenic.model_lib.sites import Ctx, Op
 # A module `delta(x, ctx)` -> what is added: see `Delta`.
 MakeDelta = Callable[[], nn.Module]
 QKV = ('query', 'key', 'value')
+LINEAR_SITES = (*QKV, 'out', 'fc1', 'fc2')
 # Uniform within 1 / sqrt(fan_in): PyTorch's default for the weight of a linear layer.
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 
@@ -46,9 +47,9 @@ def targets(method: str, given: str, allowed: Sequence[str]) -> tuple[str, ...]:
 
 
 def low_rank_scale(method: str, rank: int, alpha: float | None) -> float:
-  """alpha / rank; 1 without an alpha. Raises `errors.UserError` for an alpha that is not > 0."""
-  if alpha is not None and not alpha > 0:
-    raise errors.UserError(f'{method} alpha must be greater than 0, got {alpha}.')
+  """alpha / rank; 1 without an alpha. Raises `UserError` for an alpha that is not positive."""
+  if alpha is not None and not 0 < alpha < float('inf'):
+    raise errors.UserError(f'{method} alpha must be positive, got {alpha}.')
   return 1.0 if alpha is None else alpha / rank
 
 
@@ -104,7 +105,7 @@ class LowRank(nn.Module):
   scale: float = 1.0
   shared_down: bool = False
   dropout: float = 0.0
-  down_init: nn.initializers.Initializer = nn.initializers.he_uniform()
+  down_init: nn.initializers.Initializer = LINEAR_INIT
 
   @nn.compact
   def __call__(self, f: Op, x: Array, ctx: Ctx) -> Array:

@@ -29,7 +29,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import sites
 from losa_scenic.model_lib.presets import BackboneSpec
 
-TARGETS = (*inserts.QKV, 'out', 'fc1', 'fc2', 'mlp')
+TARGETS = (*inserts.LINEAR_SITES, 'mlp')
 
 
 def build(
@@ -67,9 +67,7 @@ def build(
     raise errors.UserError(
       f"LoRA shared_down needs targets among query, key and value; given: '{targets}'."
     )
-  make = functools.partial(
-    inserts.LowRank, rank=rank, scale=scale, dropout=dropout, down_init=inserts.LINEAR_INIT
-  )
+  make = functools.partial(inserts.LowRank, rank=rank, scale=scale, dropout=dropout)
   table = _entries(chosen, make, shared_down)
   if map_head and spec.pool == 'map':
     pooling = [f'pool_{name}' for name in chosen]

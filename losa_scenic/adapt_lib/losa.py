@@ -50,7 +50,7 @@ def build(
   y0: str = 'b_L',
   alpha_init: float = 1.0,
   map_head_lora_rank: int = 0,
-  transformer_width: int = 48,
+  transformer_width: int | None = None,
 ) -> Method:
   """LoSA for a backbone.
 
@@ -69,7 +69,7 @@ def build(
       be left.
     map_head_lora_rank: rank of a LoRA on the five targets of the MAP head (query, key, value, out,
       and one path around its MLP); 0 for none.
-    transformer_width: channels of the transformer (48: read off the 27 M of LST in Table 7).
+    transformer_width: channels of the transformer; 48 when not given, as in the paper.
 
   Returns:
     The method. Trainable parameters without the classifier, for k taps (twice as many with 'both'):
@@ -95,9 +95,11 @@ def build(
     raise errors.UserError(
       f"LoSA map_head_lora_rank needs a backbone that pools by 'map'; this one: '{spec.pool}'."
     )
+  if transformer_width is not None and adaptor != 'transformer':
+    raise errors.UserError(f"LoSA transformer_width is for adaptor 'transformer', not '{adaptor}'.")
   taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
   if adaptor == 'transformer':
-    small = ladder.side_spec(spec, transformer_width, 'backbone', None)
+    small = ladder.side_spec(spec, transformer_width or 48, 'backbone', None)
     side = functools.partial(ladder.Ladder, small, taps, collect, start=y0)
   else:
     mix_tokens = adaptor == 'low_rank_mixer'

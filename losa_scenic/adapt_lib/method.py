@@ -7,7 +7,7 @@ optimised or saved.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 import flax.linen as nn
@@ -65,9 +65,11 @@ MEMORY_CLASSES = {
 }
 
 
-_KERNELS = tuple(
-  f'encoder/layers/block/{name}/kernel' for name in ('query', 'key', 'value', 'out', 'fc1', 'fc2')
-)
+def _kernels() -> Iterator[str]:
+  """Paths of the weight matrices of layers, of more than any backbone has."""
+  for layer in ('layers', *(f'layers_{i}' for i in range(256))):
+    for name in ('query', 'key', 'value', 'out', 'fc1', 'fc2'):
+      yield f'encoder/{layer}/block/{name}/kernel'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,10 +85,12 @@ class Method:
       trains. A layer's component is 'layers' or 'layers_<i>', and unless `unrolled` the answer must
       not depend on which.
     unrolled: the method treats layers differently, so they cannot be scanned.
-    first: no gradient enters the layers before this one (0-based). The depth of the backbone for
-      methods that spare all of it, 0 for those that reach down to the first layer.
+    first: no gradient enters the layers before this one (0-based); 0 for methods that reach down to
+      the first layer, and for those that spare the whole backbone.
     adds_tokens: layers see more tokens than the model's own, so no side network can read them.
+    drops_tokens: in training, layers see fewer.
     exact_at_init: whether the adapted model's features equal the frozen one's before training.
+    files: digest of the files that options name, or ''; part of a checkpoint's identity.
     penalty: a scalar function of the trainable tree, classifier included, that training adds to the
       loss, or None. Evaluation leaves it out.
   """
@@ -99,7 +103,9 @@ class Method:
   unrolled: bool = False
   first: int = 0
   adds_tokens: bool = False
+  drops_tokens: bool = False
   exact_at_init: bool = True
+  files: str = ''
   penalty: Callable[[Params], Array] | None = None
 
   def __post_init__(self):
@@ -123,7 +129,7 @@ class Method:
       return 'A'
     if self.first:
       return 'B'
-    return 'D' if any(map(self.trains, _KERNELS)) else 'C'
+    return 'D' if any(map(self.trains, _kernels())) else 'C'
 
 
 def _is_trainable(path: str, method: Method) -> bool:

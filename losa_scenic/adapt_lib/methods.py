@@ -107,8 +107,10 @@ def build(name: str, spec: BackboneSpec, options: Mapping[str, Any] | None = Non
   if len(names) == 1:
     return _build(name, spec, options)
   options = config_lib.to_dict(options)
-  for key in options:
+  for key, block in options.items():
     errors.one_of(f"part of method '{name}'", key, names)
+    if not isinstance(block, Mapping):
+      raise errors.UserError(f"The options of '{key}' must be a mapping, not {block!r}.")
   return union.union({part: _build(part, spec, options.get(part)) for part in names})
 
 
@@ -119,27 +121,32 @@ def options(config: Config) -> dict[str, Any]:
   """
   names, blocks = parts(config.method), config.get('method_configs') or {}
   given = {name: config_lib.to_dict(blocks.get(name)) for name in names}
-  return given if len(names) > 1 else next(iter(given.values()))
+  return given if '+' in config.method else next(iter(given.values()))
 
 
-def nested(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def from_text(name: str, given: Mapping[str, str]) -> dict[str, Any]:
   """Options as a command line gives them -> as `build` takes them.
 
-  Of one method they are the same; of several, {'lora.rank': 4} becomes {'lora': {'rank': 4}}.
+  Args:
+    name: a method, or several joined by '+'.
+    given: {option: value as text}; of several methods {'lora.rank': '4'}, which becomes {'lora':
+      {'rank': 4}}.
 
   Raises:
-    errors.UserError: for an option of several methods that does not say whose it is.
+    errors.UserError: for an option of several methods that does not say whose it is, or a text that
+      is no value of the option's type.
   """
   names = parts(name)
-  if len(names) == 1:
-    return dict(given)
   blocks: dict[str, Any] = {}
-  for key, value in given.items():
-    part, dot, option = key.partition('.')
-    if not dot or part not in names:
-      raise errors.UserError(f"'{key}': say whose option it is, e.g. '{names[0]}.{key}'.")
+  for key, text in given.items():
+    part, dot, option = key.partition('.') if len(names) > 1 else (name, '.', key)
+    first = next(iter(names))
+    if not dot:
+      raise errors.UserError(f"'{key}': say whose option it is, e.g. '{first}.{key}'.")
+    errors.one_of(f"part of method '{name}'", part, names)
+    value = config_lib.from_text(METHODS[part], option, text)
     blocks.setdefault(part, {})[option] = value
-  return blocks
+  return blocks if len(names) > 1 else blocks.get(name, {})
 
 
 def _build(name: str, spec: BackboneSpec, options: Mapping[str, Any] | None) -> Method:

@@ -95,6 +95,18 @@ def crossover(rng: np.random.Generator, one: Choice, other: Choice) -> Choice:
   return tuple((a, b)[rng.integers(2)] for a, b in zip(one, other, strict=True))
 
 
+def check_ceiling(depth: int, width: int, settings: Settings) -> None:
+  """Raises `UserError` if no choice has so few parameters as `settings.max_params` asks for."""
+  shallow = min(noah_supernet.depths(depth))
+  row = tuple(min(noah_supernet.WIDTHS) if i < shallow else 0 for i in range(depth))
+  least = count((row,) * len(noah_supernet.MODULES), width)
+  if least > settings.max_params:
+    raise errors.UserError(
+      f'max_params must be at least {least}, the fewest that a choice of widths has here, not '
+      f'{settings.max_params}.'
+    )
+
+
 def evolve(
   score: Callable[[Choice], float],
   *,
@@ -119,6 +131,7 @@ def evolve(
     errors.UserError: if no choice has so few parameters as `settings.max_params` asks for.
   """
   known: dict[Choice, float] = {}
+  check_ceiling(depth, width, settings)
 
   def new(make: Callable[[], Choice], number: int, tries: int) -> list[tuple[Choice, float]]:
     """Up to `number` choices that were never seen, with their scores."""

@@ -63,7 +63,9 @@ def full(spec: BackboneSpec, *, token_keep: float = 1.0) -> Method:
   if not 0 < token_keep <= 1:
     raise errors.UserError(f'token_keep must be in (0, 1], got {token_keep}.')
   drop = functools.partial(inserts.TokenDropout, keep=token_keep)
-  return Method(trains=_everything, inserts={'encoder': drop} if token_keep < 1 else {})
+  dropping = token_keep < 1
+  inserted = {'encoder': drop} if dropping else {}
+  return Method(trains=_everything, inserts=inserted, drops_tokens=dropping)
 
 
 def bitfit(spec: BackboneSpec) -> Method:

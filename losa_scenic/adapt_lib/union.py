@@ -45,8 +45,8 @@ def union(methods: Mapping[str, Method]) -> Method:
     and the one shared module among them, and the sum of their penalties.
 
   Raises:
-    errors.UserError: if two have a side network, or two a shared module, or if one adds tokens that
-      the side network or the token positions of another could not cope with.
+    errors.UserError: if two have a side network, or two a shared module, if one adds or drops
+      tokens and another could not cope with that, or if inserts cannot stand in this order.
   """
   for what in ('side', 'shared'):
     having = [name for name, method in methods.items() if getattr(method, what)]
@@ -61,8 +61,14 @@ def union(methods: Mapping[str, Method]) -> Method:
     raise errors.UserError(
       f"{adding[0]} adds tokens to the layers, which {reading[0]}'s side network cannot read."
     )
-  _check_order(methods, adding)
   parts = list(methods.values())
+  dropping = [name for name, method in methods.items() if method.drops_tokens]
+  others = [n for n, m in methods.items() if n not in dropping and (m.inserts or m.side)]
+  if dropping and others:
+    raise errors.UserError(
+      f'{dropping[0]} drops tokens in training, which {others[0]} cannot cope with: keep them all.'
+    )
+  _check_order(methods, adding)
   return Method(
     inserts=functools.reduce(_merge, (part.inserts for part in parts)),
     shared=next((part.shared for part in parts if part.shared), None),
@@ -72,6 +78,8 @@ def union(methods: Mapping[str, Method]) -> Method:
     unrolled=any(part.unrolled for part in parts),
     first=min((part.first for part in parts if not part.spares_backbone), default=0),
     adds_tokens=bool(adding),
+    drops_tokens=bool(dropping),
+    files='+'.join(part.files for part in parts if part.files),
     exact_at_init=all(part.exact_at_init for part in parts),
     penalty=_sum([part.penalty for part in parts if part.penalty]),
   )
@@ -82,12 +90,15 @@ def _check_order(methods: Mapping[str, Method], adding: list[str]) -> None:
   names = list(methods)
   for inner in adding:
     for outer in names[names.index(inner) + 1 :]:
-      both = set(methods[inner].inserts) & set(methods[outer].inserts)
+      both = _sites(methods[inner]) & _sites(methods[outer]) & {'encoder', 'block'}
       if both:
         raise errors.UserError(
-          f"{outer} would see {inner}'s added tokens at {sorted(map(sites.name_of, both))}: write "
-          f"'{outer}+{inner}'."
+          f"{outer} would see {inner}'s added tokens at {sorted(both)}: write '{outer}+{inner}'."
         )
+
+
+def _sites(method: Method) -> set[str]:
+  return {site for where in method.inserts for site in sites.sites_of(where)}
 
 
 def _any(parts: list[Method]) -> Callable[[str], bool]:
@@ -103,6 +114,16 @@ def _sum(penalties: list[Callable[[Params], Array]]) -> Callable[[Params], Array
 
 
 def _merge(inner: sites.Inserts, outer: sites.Inserts) -> sites.Inserts:
+  keys = list(inner)
+  for where in outer:
+    # A chain takes the place of its inner part: what stands between would end up around it.
+    later = keys[keys.index(where) + 1 :] if where in inner else []
+    between = [key for key in later if set(sites.sites_of(key)) & set(sites.sites_of(where))]
+    if between:
+      raise errors.UserError(
+        f"The inserts at '{sites.name_of(where)}' cannot stand in this order, with one at "
+        f"'{sites.name_of(between[0])}' between them: name the methods in another order."
+      )
   both = {where: _chain(inner[where], outer[where]) for where in inner if where in outer}
   return {**inner, **outer, **both}
 

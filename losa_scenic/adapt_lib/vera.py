@@ -28,7 +28,7 @@ from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
 from losa_scenic.model_lib.presets import BackboneSpec
 
-TARGETS = (*inserts.QKV, 'out', 'fc1', 'fc2')
+TARGETS = inserts.LINEAR_SITES
 
 
 def build(
@@ -56,8 +56,8 @@ def build(
   inserts.check_options('VeRA', rank=rank)
   if d_initial == 0:
     raise errors.UserError('VeRA d_initial must not be 0: with lambda_b = 0 nothing would train.')
-  if seed < 0:
-    raise errors.UserError(f'VeRA seed must not be negative, got {seed}.')
+  if not 0 <= seed < 2**31:
+    raise errors.UserError(f'VeRA seed must be in [0, 2^31), got {seed}.')
   shared = functools.partial(
     Projections,
     inputs=max(spec.width, spec.mlp if 'fc2' in chosen else 0),

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from losa_scenic.adapt_lib import methods
+from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import checkpoints
 from losa_scenic.model_lib.adapted import Adapted
 
@@ -55,6 +56,8 @@ def of_method(
   Raises:
     errors.UserError: for unknown names or values out of range.
   """
+  if num_classes < 1:
+    raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
   spec = checkpoints.find(backbone, backbone_options).spec
   built = methods.build(method, spec, options)
   return {
@@ -68,8 +71,10 @@ def of_method(
 
 def of_model(model: Adapted) -> int:
   """Multiply-accumulates of one image or clip, from pixels to logits."""
-  variables = {'params': model.param_shapes(), **model.init_model_state()}
-  return count(model.apply, variables, jax.ShapeDtypeStruct(model.input_shape(), jnp.float32))
+  inputs = jax.ShapeDtypeStruct(model.input_shape(), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), inputs)
+  model.param_shapes()  # Checks that every insert is reached.
+  return count(model.apply, variables, inputs)
 
 
 def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
@@ -86,6 +91,8 @@ def _of_equation(equation: core.JaxprEqn) -> int:
     # Each output sums over the window and the input channels of its group: all but one axis.
     kernel, layout = equation.invars[1].aval.shape, params['dimension_numbers'].rhs_spec
     return _size(equation.outvars[0]) * math.prod(kernel) // kernel[layout[0]]
+  if name in ('jit', 'pjit') and params['name'] == 'depthwise_convolution':
+    return _size(equation.outvars[0]) * math.prod(equation.invars[1].aval.shape[:-1])
   if name == 'while':
     raise ValueError('The number of turns of a while loop is not known before it runs.')
   turns = params['length'] if name == 'scan' else 1

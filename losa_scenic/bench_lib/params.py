@@ -60,20 +60,24 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
   """The rows of a JSON file of counts.
 
   Args:
-    path: a JSON object whose 'rows' are objects with 'backbone', 'method', 'set' (the options) and
-      'trainable_params'.
+    path: a JSON object whose 'rows' are objects with 'backbone', 'method', 'set' (the options, as
+      `methods.build` takes them), 'trainable_params' and, if wanted, a 'source'.
 
   Raises:
     errors.UserError: if there is no such file, or it is not of that form.
   """
+  wanted = {'backbone': str, 'method': str, 'set': dict, 'trainable_params': int}
   try:
     rows = json.loads(path.read_text())['rows']
-    wanted = {'backbone': str, 'method': str, 'set': dict, 'trainable_params': int}
-    bad = [i for i, row in enumerate(rows) for k, t in wanted.items() if type(row[k]) is not t]
+    for i, row in enumerate(rows):
+      for key in row:
+        errors.one_of(f'key in row {i} of {path}', key, (*wanted, 'source'))
+      if any(type(row[key]) is not kind for key, kind in wanted.items()):
+        raise TypeError(f'row {i}: {row}')
   except FileNotFoundError:
     raise errors.UserError(f'There is no file {path}.') from None
   except (ValueError, KeyError, TypeError, OSError) as e:
     raise errors.UserError(f'{path} is no file of parameter counts: {e!r}.') from None
-  if bad or not rows:
-    raise errors.UserError(f'{path} is no file of parameter counts: rows {bad[:5]}.')
+  if not rows:
+    raise errors.UserError(f'{path} has no rows.')
   return rows

@@ -1,5 +1,6 @@
 """Configuration: calling functions with config blocks, and finding keys that nobody knows."""
 
+import contextlib
 import importlib.util
 import inspect
 import pathlib
@@ -55,6 +56,34 @@ def load_file(beside: str, path: str) -> types.ModuleType:
   return module
 
 
+def from_text(fn: Callable[..., Any], name: str, text: str) -> Any:
+  """A value of an option of `fn` from a command line; of an unknown option the text itself.
+
+  Raises:
+    errors.UserError: for a text that is no value of the option's type.
+  """
+  if name not in options(fn):
+    return text
+  allowed = _types(fn, name)
+  if bool in allowed and text.lower() in ('true', 'false'):
+    return text.lower() == 'true'
+  for kind in (int, float):
+    if kind in allowed:
+      with contextlib.suppress(ValueError):
+        return kind(text)
+  if types.NoneType in allowed and text == 'None':
+    return None
+  if str in allowed:
+    return text
+  kinds = ' or '.join(kind.__name__ for kind in allowed if kind is not types.NoneType)
+  raise errors.UserError(f'{name} must be of type {kinds}, not {text!r}.')
+
+
+def _types(fn: Callable[..., Any], name: str) -> tuple[Any, ...]:
+  annotation = inspect.signature(fn).parameters[name].annotation
+  return get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
 def placeholders(fn: Callable[..., Any]) -> Config:
   """A config block with the options of `fn`, none of them given, typed as `fn` annotates them.
 
@@ -62,9 +91,7 @@ def placeholders(fn: Callable[..., Any]) -> Config:
   """
   block = ml_collections.ConfigDict()
   for name in sorted(options(fn)):
-    annotation = inspect.signature(fn).parameters[name].annotation
-    allowed = get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    kind = next((kind for kind in (str, float, int, bool) if kind in allowed), None)
+    kind = next((kind for kind in (str, float, int, bool) if kind in _types(fn, name)), None)
     if kind is None:
       raise TypeError(f'{fn}: option {name} is neither a number, a string nor a bool.')
     block[name] = config_dict.placeholder(kind)

@@ -89,8 +89,8 @@ class Adapted(nn.Module):
     """All parameters as `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Raises:
-      ValueError: if an insert of the method is never called, because another one around its site
-        does not call the operation it was given.
+      errors.UserError: if an insert of the method is never called, because another one around its
+        site does not call the operation it was given, or a side network leaves the site out.
     """
     called: set[str] = set()
 
@@ -100,12 +100,16 @@ class Adapted(nn.Module):
 
     inputs = jax.ShapeDtypeStruct(self.input_shape(), jnp.float32)
     with nn.intercept_methods(note):
-      shapes = jax.eval_shape(self.init, jax.random.key(0), inputs)['params']
+      variables = jax.eval_shape(self.init, jax.random.key(0), inputs)
+      if sites.split(self.method.inserts)[0]:
+        # A side network may leave out the final norm or the pooling, but for their parameters.
+        called.clear()
+        jax.eval_shape(self.apply, variables, inputs)
     names = [sites.name_of(where) for where in self.method.inserts]
     unreached = [name for name in names if f'insert_{name}' not in called]
     if unreached:
-      raise ValueError(f'No pass through the model reaches the inserts at {unreached}.')
-    return shapes
+      raise errors.UserError(f'No pass through the model reaches the inserts at {unreached}.')
+    return variables['params']
 
   def init_trainable(self, rng: Array) -> dict[str, Any]:
     """Fresh trainable parameters; the frozen ones are never computed."""

@@ -11,11 +11,11 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config, PyTree
 
 # Leaves that are no matrices of weights. By name, not by rank: stacked layers add an axis.
-_NOT_DECAYED = re.compile(r'(.*_)?bias|scale|shift|alpha|gate|cls|probe|pos_embedding')
+_NOT_DECAYED = re.compile(r'(.*_)?bias|scale|shift|alpha|gate|lambda_.*|cls|probe|pos_embedding')
 
 
 def decay_mask(params: PyTree) -> PyTree:
-  """True for leaves that weight decay applies to: no biases, scales, tokens or positions."""
+  """True for leaves that weight decay applies to: no biases, scales, class token or positions."""
   return jax.tree.map_with_path(
     lambda path, _: not _NOT_DECAYED.fullmatch(str(path[-1].key)), params
   )

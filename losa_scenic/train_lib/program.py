@@ -12,6 +12,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
+from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.train_lib import augment, lr_schedules, optimizers, run_config, sharding, steps
 from losa_scenic.train_lib.state import TrainState
 
@@ -57,18 +58,7 @@ def build_program(
   model = model_cls(config, dataset.meta_data)
   if config.export_backbone:
     fold.check(model.flax_model.method)
-  inputs, wanted = tuple(dataset.meta_data['input_shape'][1:]), model.backbone.spec.input_shape
-  if inputs != wanted:
-    raise errors.UserError(
-      f'Images are {list(inputs)}, but the position embedding of backbone '
-      f"'{config.backbone}' is for {list(wanted)}."
-    )
-  spec = model.backbone.spec
-  if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:
-    raise errors.UserError(
-      f"data_dtype_str '{config.data_dtype_str}' scales images to [-1, 1], but backbone "
-      f"'{config.backbone}' was trained with mean {spec.mean} and std {spec.std}: use 'uint8'."
-    )
+  _check_inputs(config, dataset, model.backbone.spec)
   total_steps, steps_per_epoch = run_config.number_of_steps(
     config, dataset.meta_data['num_train_examples']
   )
@@ -113,3 +103,18 @@ def build_program(
     steps_per_epoch=steps_per_epoch,
     epochs_per_step=config.batch_size / dataset.meta_data['num_train_examples'],
   ), state
+
+
+def _check_inputs(config: Config, dataset: dataset_utils.Dataset, spec: BackboneSpec) -> None:
+  """Raises `UserError` if the data's shape or scale is not the backbone's."""
+  inputs, wanted = tuple(dataset.meta_data['input_shape'][1:]), spec.input_shape
+  if inputs != wanted:
+    raise errors.UserError(
+      f'Images are {list(inputs)}, but the position embedding of backbone '
+      f"'{config.backbone}' is for {list(wanted)}."
+    )
+  if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:
+    raise errors.UserError(
+      f"data_dtype_str '{config.data_dtype_str}' scales images to [-1, 1], but backbone "
+      f"'{config.backbone}' was trained with mean {spec.mean} and std {spec.std}: use 'uint8'."
+    )

@@ -77,7 +77,10 @@ def train(
     program, state = build_program(rng=rng, config=config, model_cls=model_cls, dataset=dataset)
     identity = {
       'backbone': program.model.backbone.identity(),
-      'method': {config.method: methods.options(config)},
+      'method': {
+        config.method: methods.options(config),
+        'files': program.model.flax_model.method.files,
+      },
       'data': {key: dataset.meta_data[key] for key in _DATA_IDENTITY},
     }
     saver = checkpoints.Checkpoints(workdir, identity, config.max_checkpoint_keep)

@@ -93,6 +93,15 @@ def test_a_selection_of_bare_indices(tmp_path):
   assert head2toe.build(spec, selection=str(path)).side().kept == (3, 5, 7)
 
 
+def test_a_changed_selection_is_another_method_to_a_checkpoint(tmp_path):
+  spec, path, files = presets.preset('test/8'), tmp_path / 'kept.npy', []
+  for kept in ([3, 5, 7], [3, 5, 8], [3, 5, 7]):
+    np.save(path, np.asarray(kept))
+    files.append(head2toe.build(spec, selection=str(path)).files)
+  assert files[0] == files[2] != files[1]
+  assert head2toe.build(spec).files == ''
+
+
 def test_group_lasso_is_the_sum_of_row_norms_with_a_gradient_at_zero():
   w = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
   tree = {'output_projection': {'kernel': w, 'bias': np.ones(4, np.float32)}}

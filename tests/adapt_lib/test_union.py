@@ -134,6 +134,7 @@ def test_a_union_trains_the_parameters_of_its_parts(name, options, random_like, 
   [
     ('losa+lst', 'losa and lst each have a side network'),
     ('fact_tk+fact_tt', 'fact_tk and fact_tt each have values shared by all layers'),
+    ('noah+vpt_deep', 'noah and vpt_deep each add tokens'),
     ('losa+vpt_deep', "vpt_deep adds tokens.*losa's side network"),
     ('vpt_deep+express', 'vpt_deep and express each add tokens'),
     ('dtl+adapter_plus', "adapter_plus would see dtl's added tokens.*'adapter_plus\\+dtl'"),
@@ -148,13 +149,50 @@ def test_methods_that_cannot_stand_together(name, message):
 
 
 def test_options_of_several_methods():
-  nested = methods.nested('lora+ssf', {'lora.rank': 4, 'ssf.init': 'identity'})
-  assert nested == {'lora': {'rank': 4}, 'ssf': {'init': 'identity'}}
-  assert methods.nested('lora', {'rank': 4}) == {'rank': 4}
+  given = methods.from_text('lora+ssf', {'lora.rank': '4', 'ssf.init': 'identity'})
+  assert given == {'lora': {'rank': 4}, 'ssf': {'init': 'identity'}}
+  assert methods.from_text('lora', {'rank': '4'}) == {'rank': 4}
   with pytest.raises(errors.UserError, match="'rank': say whose option it is"):
-    methods.nested('lora+ssf', {'rank': 4})
+    methods.from_text('lora+ssf', {'rank': '4'})
   with pytest.raises(errors.UserError, match="Unknown part of method 'lora\\+ssf' 'losa'"):
     methods.build('lora+ssf', SPEC, {'losa': {'rank': 3}})
+
+
+def test_inserts_that_cannot_stand_in_the_order_of_the_names():
+  one = Method(inserts={('query', 'key'): double})
+  two, three = Method(inserts={'query': increment}), Method(inserts={('query', 'key'): increment})
+  union({'one': one, 'three': three, 'two': two})
+  with pytest.raises(errors.UserError, match='cannot stand in this order'):
+    union({'one': one, 'two': two, 'three': three})
+
+
+@pytest.mark.parametrize('name', ['full+losa', 'full+vpt_shallow', 'lora+full', 'convpass+full'])
+def test_dropping_tokens_goes_with_nothing_that_reads_them(name):
+  methods.build(name, SPEC, {})
+  with pytest.raises(errors.UserError, match='full drops tokens in training'):
+    methods.build(name, SPEC, {'full': {'token_keep': 0.5}})
+  assert methods.build('full+bitfit', SPEC, {'full': {'token_keep': 0.5}}).drops_tokens
+
+
+@pytest.mark.parametrize(
+  ('name', 'options', 'pool'),
+  [
+    ('lst+ssf', {}, 'cls'),
+    ('hst+ssf', {'hst': {'stages': 3}}, 'cls'),
+    ('express+lora', {'lora': {'map_head': True}}, 'map'),
+    ('dtl+lora', {'dtl': {'pool': 'mean'}, 'lora': {'map_head': True}}, 'map'),
+  ],
+)
+def test_an_insert_that_the_other_method_leaves_out_is_an_error(name, options, pool):
+  spec = presets.preset('test/8', pool=pool)
+  model = Adapted(spec, methods.build(name, spec, options), 5)
+  with pytest.raises(errors.UserError, match='No pass through the model reaches the inserts at'):
+    model.param_shapes()
+
+
+def test_memory_class_of_a_union_with_trained_kernels():
+  assert methods.build('last_k+lora', SPEC, {}).memory_class == 'D'
+  assert methods.build('last_k+linear', SPEC, {}).memory_class == 'B'
 
 
 def test_low_rank_of_a_union_is_found_under_its_own_name():

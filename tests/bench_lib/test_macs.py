@@ -36,6 +36,15 @@ def test_a_convolution_with_groups(groups, inputs):
   assert have == 2 * 8 * 8 * 12 * 9 * inputs
 
 
+def test_a_depthwise_convolution_counts_its_window():
+  def of_kernel(kernel):
+    spec = presets.preset('vivit-test/8x2')
+    return macs.of_model(Adapted(spec, methods.build('st_adapter', spec, {'kernel': kernel}), 5))
+
+  # Two adapters of width 16 in each of 3 layers, on 32 tokens.
+  assert of_kernel('3,3,3') - of_kernel('1,1,1') == 2 * 3 * 32 * 16 * 26
+
+
 def test_the_body_of_a_scan_counts_as_often_as_it_runs():
   def repeated(x, w):
     return jax.lax.scan(lambda x, w: (x @ w, None), x, w)[0]

@@ -130,6 +130,13 @@ def test_an_insert_that_is_not_linear_is_found_out(site, random_like):
     fold.fold(model, random_like(model.param_shapes()))
 
 
+def test_weights_that_are_not_finite_are_not_merged(random_like):
+  model = adapted('lora', {})
+  params = jax.tree.map(lambda leaf: leaf * np.nan, random_like(model.param_shapes()))
+  with pytest.raises(errors.UserError, match='no longer a linear function'):
+    fold.fold(model, params)
+
+
 def test_weights_stored_in_half_precision_are_merged_in_float32(random_like, make_batch):
   spec = presets.preset('test/8')
   method = Method(inserts={'fc1': lambda: inserts.LowRank(rank=2)})

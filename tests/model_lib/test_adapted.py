@@ -7,6 +7,7 @@ import pytest
 
 from losa_scenic.adapt_lib.inserts import LowRank
 from losa_scenic.adapt_lib.method import Method
+from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import presets
 from losa_scenic.model_lib.adapted import Adapted
 
@@ -51,5 +52,5 @@ def test_shared_values_reach_inserts_at_model_and_layer_sites(site, make_batch):
 def test_an_insert_that_no_pass_reaches_is_an_error(scan):
   method = Method(inserts={'attn': Skip, 'query': lambda: LowRank(rank=2)})
   model = Adapted(presets.preset('test/8'), method, num_classes=5, scan=scan)
-  with pytest.raises(ValueError, match='query'):
+  with pytest.raises(errors.UserError, match='query'):
     model.param_shapes()

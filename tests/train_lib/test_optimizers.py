@@ -130,6 +130,22 @@ def test_only_matrices_are_decayed(method, scan, pool):
   assert not all(table.values())
 
 
+@pytest.mark.parametrize(
+  ('method', 'spared', 'decays'),
+  [
+    ('vera', ('lambda_d', 'lambda_b'), ()),
+    ('ssf', ('scale', 'shift'), ()),
+    ('dora', ('magnitude_bias',), ('a', 'b')),
+    ('vpt_deep', (), ('prompts',)),
+  ],
+)
+def test_vectors_of_methods_are_not_decayed_and_prompts_are(method, spared, decays):
+  table = decayed(shapes(method, True, 'cls'))
+  ours = {path: on for path, on in table.items() if 'insert_' in path}
+  names = {path.split('/')[-1]: on for path, on in ours.items()}
+  assert names == dict.fromkeys(spared, False) | dict.fromkeys(decays, True)
+
+
 @pytest.mark.parametrize('pool', ['cls', 'map'])
 def test_decay_does_not_depend_on_how_layers_are_run(pool):
   stacked = decayed(shapes('full', True, pool))
