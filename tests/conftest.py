@@ -12,7 +12,7 @@ os.environ['XLA_FLAGS'] = (
 # Nearly all time goes into compiling programs that run for milliseconds: halves the time of a run.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,6 +21,13 @@ import pytest
 
 # For the helpers in tests/reference: in pytest's import mode 'importlib' it is on no path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _forget_compiled_programs() -> Iterator[None]:
+  """Thousands of compiled programs take gigabytes, and no module uses another's."""
+  yield
+  jax.clear_caches()
 
 
 @pytest.fixture(scope='session')

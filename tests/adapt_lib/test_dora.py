@@ -116,7 +116,7 @@ def test_another_insert_in_between_is_refused():
   ('options', 'message'),
   [
     ({'rank': 0}, 'DoRA rank must be at least 1, got 0'),
-    ({'alpha': -1.0}, r'DoRA alpha must be greater than 0, got -1\.0'),
+    ({'alpha': -1.0}, r'DoRA alpha must be positive, got -1\.0'),
     ({'dropout': -0.1}, r'DoRA dropout must be in \[0, 1\)'),
     ({'targets': 'mlp'}, "Unknown DoRA target 'mlp'"),
   ],

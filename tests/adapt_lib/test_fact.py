@@ -116,7 +116,7 @@ def test_dropout_stands_before_v_and_acts_in_training_only():
   ('options', 'mlp', 'message'),
   [
     ({'rank': 0}, 64, 'rank must be at least 1, got 0'),
-    ({'scale': 0.0}, 64, r'scale must be greater than 0, got 0\.0'),
+    ({'scale': 0.0}, 64, r'scale must be positive, got 0\.0'),
     ({'dropout': 1.5}, 64, r'dropout must be in \[0, 1\), got 1\.5'),
     ({}, 31, 'slices of 32 units, the width; it has only 31'),
   ],

@@ -179,7 +179,7 @@ def test_a_damaged_or_missing_selection_is_refused(tmp_path):
   ('options', 'message'),
   [
     ({'target_size': 0}, 'target_size must be at least 1, got 0'),
-    ({'group_lasso': -1e-5}, 'group_lasso must not be negative, got -1e-05'),
+    ({'group_lasso': -1e-5}, 'group_lasso must be at least 0, got -1e-05'),
     ({'group_laso': 1.0}, "Did you mean 'group_lasso'"),
   ],
 )

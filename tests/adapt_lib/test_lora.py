@@ -131,7 +131,7 @@ def test_dropout_thins_out_the_input_in_training_only():
   ('options', 'message'),
   [
     ({'rank': 0}, 'LoRA rank must be at least 1, got 0'),
-    ({'alpha': 0.0}, r'LoRA alpha must be greater than 0, got 0\.0'),
+    ({'alpha': 0.0}, r'LoRA alpha must be positive, got 0\.0'),
     ({'dropout': 1.0}, r'LoRA dropout must be in \[0, 1\), got 1\.0'),
     ({'targets': 'query,valu'}, "Unknown LoRA target 'valu'. Did you mean 'value'"),
     ({'targets': ''}, "Unknown LoRA target ''"),

@@ -141,7 +141,7 @@ def test_choices_with_too_many_parameters_are_not_considered():
 
 
 def test_a_ceiling_below_everything_is_a_user_error():
-  with pytest.raises(errors.UserError, match='at most 10 parameters'):
+  with pytest.raises(errors.UserError, match='max_params must be at least 514'):
     evolved(max_params=10)
 
 

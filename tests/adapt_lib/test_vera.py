@@ -76,7 +76,8 @@ def test_they_depend_on_the_seed_and_on_nothing_else():
   [
     ({'rank': 0}, 'VeRA rank must be at least 1, got 0'),
     ({'d_initial': 0.0}, 'VeRA d_initial must not be 0'),
-    ({'seed': -1}, 'VeRA seed must not be negative, got -1'),
+    ({'seed': -1}, r'VeRA seed must be in \[0, 2\^31\), got -1'),
+    ({'seed': 2**31}, r'VeRA seed must be in \[0, 2\^31\), got 2147483648'),
     ({'targets': 'mlp'}, "Unknown VeRA target 'mlp'"),
   ],
 )

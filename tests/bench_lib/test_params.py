@@ -32,7 +32,7 @@ def test_pooling_and_head_are_counted_apart(capsys):
     (['--backbone=g/41x', '--method=losa'], 'g/41x'),
     (['--backbone=g/14', '--method=lsa'], "Did you mean 'losa'"),
     (['--backbone=g/14', '--method=losa', '--set', 'rnk=4'], "Did you mean 'rank'"),
-    (['--backbone=g/14', '--method=losa', '--set', 'rank=4.5'], 'rank .* must be of type int'),
+    (['--backbone=g/14', '--method=losa', '--set', 'rank=4.5'], 'rank must be of type int'),
     (['--backbone=g/14', '--method=losa', '--set', 'rank'], 'NAME=VALUE'),
     (['--backbone=g/14', '--method=losa', '--set', 'rank=4', '--set', 'rank=5'], 'given twice'),
     (['--backbone=g/14', '--method=linear', '--num_classes=0'], 'num_classes'),
@@ -79,7 +79,11 @@ def check(tmp_path, rows) -> int:
 
 
 def test_a_file_of_counts_is_checked_row_by_row(capsys, tmp_path):
-  union = ROW | {'method': 'lora+bitfit', 'set': {'lora': {'rank': 2}}, 'trainable_params': 1728}
+  union = ROW | {
+    'method': 'lora+bitfit',
+    'set': {'lora': {'rank': 2}},
+    'trainable_params': 768 + 3 * (7 * 32 + 64) + 64,
+  }
   assert check(tmp_path, {'rows': [ROW, union]}) == 0
   assert '2 of 2 rows' in capsys.readouterr().out
   assert check(tmp_path, {'rows': [ROW, ROW | {'trainable_params': 767}]}) == 1

@@ -138,8 +138,11 @@ def test_features_equal_the_frozen_models_at_init(
   ours = model.apply(variables(model, params), images, method=model.features)
   stored = of_plain_backbone(params)
   plain = ViT(model.spec, {}, scan=model.scan).apply({'params': stored}, images)
-  same = np.array_equal(ours, plain)  # bit for bit
-  assert same == model.method.exact_at_init
+  # A compiler may order the sums of two programs differently; any weight that is not at its start
+  # makes far more of a difference.
+  same_shape = ours.shape == plain.shape
+  difference = np.abs(ours - plain).max() / np.abs(plain).max() if same_shape else np.inf
+  assert (difference < 1e-6) if model.method.exact_at_init else (difference > 1e-4)
 
 
 @every_case
@@ -237,7 +240,7 @@ def test_checkpoint_round_trip_holds_no_backbone(method, tmp_path, random_like, 
   size = sum(path.stat().st_size for path in tmp_path.rglob('*') if path.is_file())
   overhead = 200_000  # JSON of orbax
   assert size < 3 * 4 * trees.count(trainable) + overhead
-  if trees.count(frozen):
+  if trees.count(frozen) > 16 * trees.count(trainable):
     assert size < 4 * trees.count(frozen) / 4, 'the test could not tell if the backbone were in it'
 
 
