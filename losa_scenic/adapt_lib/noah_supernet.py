@@ -158,7 +158,7 @@ class MaskedLowRank(nn.Module):
   @nn.compact
   def __call__(self, f: Op, x: Float[Array, 'b m d'], ctx: Ctx) -> Float[Array, 'b m d']:
     y = f(x)
-    a = self.param('a', nn.initializers.he_uniform(), (x.shape[-1], LARGEST)).astype(x.dtype)
+    a = self.param('a', inserts.LINEAR_INIT, (x.shape[-1], LARGEST)).astype(x.dtype)
     b = self.param(f'b_{ctx.site}', nn.initializers.zeros, (LARGEST, y.shape[-1])).astype(x.dtype)
     x = inserts.dropout(self, self.dropout, x, ctx.train)
     return y + (x @ a * _told(ctx)['rank'].astype(x.dtype)) @ b
