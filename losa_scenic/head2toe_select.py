@@ -97,12 +97,8 @@ def _last_classifier(
   state = jax.eval_shape(lambda t: TrainState.create(t, tx, jax.random.key(0)), trainable)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   state = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), state)
-  identity = {
-    'backbone': model.backbone.identity(),
-    'method': {config.method: methods.options(config)},
-  }
   with workdir_lib.locked(workdir):
-    saved = checkpoints.Checkpoints(workdir, identity)
+    saved = checkpoints.Checkpoints(workdir, model.identity())
     try:
       if saved.latest_step() is None:
         raise errors.UserError(f'{workdir} holds no checkpoint.')

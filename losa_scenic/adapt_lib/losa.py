@@ -99,7 +99,8 @@ def build(
     raise errors.UserError(f"LoSA transformer_width is for adaptor 'transformer', not '{adaptor}'.")
   taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
   if adaptor == 'transformer':
-    small = ladder.side_spec(spec, transformer_width or 48, 'backbone', None)
+    width = 48 if transformer_width is None else transformer_width
+    small = ladder.side_spec(spec, width, 'backbone', None)
     side = functools.partial(ladder.Ladder, small, taps, collect, start=y0)
   else:
     mix_tokens = adaptor == 'low_rank_mixer'

@@ -69,6 +69,14 @@ class ClassificationModel:
       remat=config.get('remat', False),
     )
 
+  def identity(self) -> dict[str, Any]:
+    """What a checkpoint must agree with: the backbone, the method, its options and their files."""
+    options = methods.options(self.config)
+    return {
+      'backbone': self.backbone.identity(),
+      'method': {self.config.method: options, 'files': self.flax_model.method.files},
+    }
+
   def init_params(self, rng: Array) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fresh trainable parameters and the frozen ones, with the stored weights in both.
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 
-from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import split_head
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Config
@@ -75,14 +74,8 @@ def train(
     plain = config.to_dict()
     workdir_lib.check_same_run(workdir, plain, run_config.MAY_CHANGE)
     program, state = build_program(rng=rng, config=config, model_cls=model_cls, dataset=dataset)
-    identity = {
-      'backbone': program.model.backbone.identity(),
-      'method': {
-        config.method: methods.options(config),
-        'files': program.model.flax_model.method.files,
-      },
-      'data': {key: dataset.meta_data[key] for key in _DATA_IDENTITY},
-    }
+    data = {key: dataset.meta_data[key] for key in _DATA_IDENTITY}
+    identity = program.model.identity() | {'data': data}
     saver = checkpoints.Checkpoints(workdir, identity, config.max_checkpoint_keep)
     try:
       start = saver.latest_step()

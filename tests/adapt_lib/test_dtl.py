@@ -181,7 +181,7 @@ def test_parameter_count_and_names(kernel):
     ({'rank': 0}, 'rank must be at least 1, got 0'),
     ({'first_block': 0}, r'first_block must be in 1\.\.3, got 0'),
     ({'first_block': 4}, r'first_block must be in 1\.\.3, got 4'),
-    ({'beta': 0.0}, 'beta must be above 0, got 0.0'),
+    ({'beta': 0.0}, 'beta must be positive, got 0.0'),
     ({'kernel': 2}, r'kernel must be one of \(0, 3, 4, 5\)'),
     ({'pool': 'meen'}, "Did you mean 'mean'"),
     ({'first_blok': 1}, "Did you mean 'first_block'"),
