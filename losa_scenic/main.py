@@ -24,15 +24,7 @@ def main(*, rng: jax.Array, config: Config, workdir: pathlib.Path, writer: Write
   model_cls = models.get_model_cls(config.model_name)
   train = trainer.get_trainer(config.trainer_name)
   backbone = checkpoints.find(config.backbone, config_lib.to_dict(config.backbone_configs))
-  dataset = datasets.build_dataset(
-    config.dataset_name,
-    batch_size=config.batch_size,
-    eval_batch_size=config.eval_batch_size,
-    dtype_str=config.data_dtype_str,
-    shuffle_seed=config.shuffle_seed,
-    image_size=backbone.spec.image_size,
-    dataset_configs=config.dataset_configs,
-  )
+  dataset = datasets.of_run(config, backbone.spec.image_size)
   train(
     rng=rng,
     config=config,

@@ -70,15 +70,7 @@ def search(
   config = run_config.resolve(config)
   model_cls = models.get_model_cls(config.model_name)
   backbone = checkpoints.find(config.backbone, config_lib.to_dict(config.backbone_configs))
-  dataset = datasets.build_dataset(
-    config.dataset_name,
-    batch_size=config.batch_size,
-    eval_batch_size=config.eval_batch_size,
-    dtype_str=config.data_dtype_str,
-    shuffle_seed=config.shuffle_seed,
-    image_size=backbone.spec.image_size,
-    dataset_configs=config.dataset_configs,
-  )
+  dataset = datasets.of_run(config, backbone.spec.image_size)
   if dataset.valid_ds is None:
     raise errors.UserError(
       'The search compares choices on a validation split, and this data has none (train_split '

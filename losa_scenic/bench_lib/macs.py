@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from losa_scenic.adapt_lib import methods
-from losa_scenic.common_lib import errors
-from losa_scenic.model_lib import checkpoints
+from losa_scenic.bench_lib import params
 from losa_scenic.model_lib.adapted import Adapted
 
 
@@ -42,12 +40,7 @@ def of_method(
 ) -> dict[str, Any]:
   """Multiply-accumulates of an adapted model on one image or clip, classifier included.
 
-  Args:
-    backbone: a preset such as 'g/14', a packaged backbone, or a backbone file.
-    method: a key of `methods.METHODS`, or several joined by '+'.
-    options: the method's options, as `methods.build` takes them.
-    backbone_options: fields of the backbone to change, e.g. {'pool': 'gap'}.
-    num_classes: width of the classifier.
+  The arguments are those of `params.count`; `num_classes` is part of what is counted.
 
   Returns:
     {'macs' (of the adapted model), 'backbone_macs' (the plain backbone with the classifier)} and
@@ -56,16 +49,13 @@ def of_method(
   Raises:
     errors.UserError: for unknown names or values out of range.
   """
-  if num_classes < 1:
-    raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
-  spec = checkpoints.find(backbone, backbone_options).spec
-  built = methods.build(method, spec, options)
+  model, plain = params.models(backbone, method, options, backbone_options, num_classes)
   return {
     'backbone': backbone,
     'method': method,
     'set': dict(options or {}),
-    'macs': of_model(Adapted(spec, built, num_classes, scan=not built.unrolled)),
-    'backbone_macs': of_model(Adapted(spec, methods.build('linear', spec), num_classes, scan=True)),
+    'macs': of_model(model),
+    'backbone_macs': of_model(plain),
   }
 
 
@@ -82,23 +72,23 @@ def _of_jaxpr(jaxpr: core.Jaxpr) -> int:
 
 
 def _of_equation(equation: core.JaxprEqn) -> int:
-  name, params = equation.primitive.name, equation.params
+  name, given = equation.primitive.name, equation.params
   if name == 'dot_general':
-    (contracted, _), _ = params['dimension_numbers']
+    (contracted, _), _ = given['dimension_numbers']
     left = equation.invars[0].aval.shape
     return _size(equation.outvars[0]) * math.prod(left[axis] for axis in contracted)
   if name == 'conv_general_dilated':
     # Each output sums over the window and the input channels of its group: all but one axis.
-    kernel, layout = equation.invars[1].aval.shape, params['dimension_numbers'].rhs_spec
+    kernel, layout = equation.invars[1].aval.shape, given['dimension_numbers'].rhs_spec
     return _size(equation.outvars[0]) * math.prod(kernel) // kernel[layout[0]]
-  if name in ('jit', 'pjit') and params['name'] == 'depthwise_convolution':
+  if name in ('jit', 'pjit') and given['name'] == 'depthwise_convolution':
     return _size(equation.outvars[0]) * math.prod(equation.invars[1].aval.shape[:-1])
   if name == 'while':
     raise ValueError('The number of turns of a while loop is not known before it runs.')
-  turns = params['length'] if name == 'scan' else 1
+  turns = given['length'] if name == 'scan' else 1
   if name == 'cond':
-    return max(_of_jaxpr(branch.jaxpr) for branch in params['branches'])
-  inner = [v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in params.values()]
+    return max(_of_jaxpr(branch.jaxpr) for branch in given['branches'])
+  inner = [v.jaxpr if isinstance(v, core.ClosedJaxpr) else v for v in given.values()]
   return turns * sum(_of_jaxpr(value) for value in inner if isinstance(value, core.Jaxpr))
 
 

@@ -35,14 +35,9 @@ def count(
   Raises:
     errors.UserError: for unknown names or values out of range.
   """
-  if num_classes < 1:
-    raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
-  spec = checkpoints.find(backbone, backbone_options).spec
-  built = methods.build(method, spec, options)
-  shapes = Adapted(spec, built, num_classes, scan=not built.unrolled).param_shapes()
-  trainable, frozen = partition(shapes, built)
+  model, plain = models(backbone, method, options, backbone_options, num_classes)
+  trainable, frozen = partition(model.param_shapes(), model.method)
   rest, head = split_head(trainable)
-  plain = Adapted(spec, methods.build('linear', spec), num_classes, scan=True).param_shapes()
   return {
     'backbone': backbone,
     'method': method,
@@ -50,10 +45,33 @@ def count(
     'trainable_params': trees.count(rest),
     'frozen_params': trees.count(frozen),
     'head_params': trees.count(head),
-    'backbone_params': trees.count(plain['backbone']),
-    'pool': spec.pool,
-    'tokens': spec.tokens,
+    'backbone_params': trees.count(plain.param_shapes()['backbone']),
+    'pool': model.spec.pool,
+    'tokens': model.spec.tokens,
   }
+
+
+def models(
+  backbone: str,
+  method: str,
+  options: Mapping[str, Any] | None,
+  backbone_options: Mapping[str, Any] | None,
+  num_classes: int,
+) -> tuple[Adapted, Adapted]:
+  """The adapted model that `count` describes, and the plain backbone with the classifier.
+
+  Raises:
+    errors.UserError: for unknown names or values out of range.
+  """
+  if num_classes < 1:
+    raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
+  spec = checkpoints.find(backbone, backbone_options).spec
+  built = methods.build(method, spec, options)
+  plain = methods.build('linear', spec)
+  return (
+    Adapted(spec, built, num_classes, scan=not built.unrolled),
+    Adapted(spec, plain, num_classes, scan=True),
+  )
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

@@ -4,7 +4,9 @@ import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from losa_scenic.common_lib import config, errors
+from losa_scenic.common_lib import config as config_lib
+from losa_scenic.common_lib import errors
+from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils, sources
 
 # name -> 'module:function'; the module is imported when the set is asked for. The function takes
@@ -70,8 +72,8 @@ def build_dataset(
   """
   splits_fn = get_dataset(name)
   what = f"dataset '{name}'"
-  own = config.to_dict(dataset_configs)
-  known = config.options(splits_fn) | set(COMMON_OPTIONS)
+  own = config_lib.to_dict(dataset_configs)
+  known = config_lib.options(splits_fn) | set(COMMON_OPTIONS)
   for key in own:
     if key not in known:
       raise errors.unknown(f'option of {what}', key, known)
@@ -83,7 +85,7 @@ def build_dataset(
   _check_divisible('batch_size', batch_size, num_shards)
   _check_divisible('eval_batch_size', eval_batch_size, num_shards)
 
-  splits = config.build(splits_fn, block=own, what=what, image_size=image_size)
+  splits = config_lib.build(splits_fn, block=own, what=what, image_size=image_size)
   if train_split == 'trainval':
     splits = _train_on_valid(splits, what)
   return dataset_utils.make_dataset(
@@ -114,3 +116,24 @@ def _check_divisible(option: str, batch_size: int, num_shards: int) -> None:
       f'{option} {batch_size} cannot be shared by {num_shards} devices: use a multiple of '
       f'{num_shards}.'
     )
+
+
+def of_run(config: Config, image_size: int) -> dataset_utils.Dataset:
+  """The dataset that a resolved config (see `run_config`) describes.
+
+  Args:
+    config: a run's config.
+    image_size: side of the images in pixels, unless `config.dataset_configs` says another.
+
+  Raises:
+    errors.UserError: as `build_dataset`.
+  """
+  return build_dataset(
+    config.dataset_name,
+    batch_size=config.batch_size,
+    eval_batch_size=config.eval_batch_size,
+    dtype_str=config.data_dtype_str,
+    shuffle_seed=config.shuffle_seed,
+    image_size=image_size,
+    dataset_configs=config.dataset_configs,
+  )
