@@ -30,7 +30,7 @@ from losa_scenic.adapt_lib import inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 TARGETS = inserts.LINEAR_SITES
 
@@ -49,7 +49,7 @@ def build(
     spec: the backbone.
     rank: r, at least 1 (8: peft's default).
     alpha: scale times rank, greater than 0; the rank itself when not given, so that s = 1.
-    targets: comma list of query, key, value, out, fc1, fc2; 'qkv' stands for the first three.
+    targets: comma list of query, key, value, out, fc1, fc2, gate; 'qkv' stands for the first three.
     dropout: rate in [0, 1) on the input of the increment.
 
   Raises:

@@ -34,8 +34,8 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx, Op
+from losa_scenic.model_lib.spec import BackboneSpec
 
 KERNELS = (0, 3, 4, 5)
 POOLS = ('backbone', 'mean')
@@ -85,7 +85,8 @@ def build(
 
   table: dict[sites.Where, sites.MakeInsert | sites.PerLayer] = {'block': sites.PerLayer(make)}
   if pool == 'mean':
-    table['norm', 'pool'] = MeanThenNorm
+    at = 'norm' if spec.final_norm == 'tokens' else 'pool'
+    table['norm', 'pool'] = functools.partial(MeanThenNorm, at)
   return Method(
     inserts=table,
     shared=functools.partial(Depthwise, kernel, spec.width) if kernel else None,
@@ -172,13 +173,20 @@ def convolve(x: Float[Array, 'b n d'], kernel: Any, ctx: Ctx) -> Float[Array, 'b
 
 
 class MeanThenNorm(nn.Module):
-  """Features f(mean of the grid's tokens), f being the final norm. Stands at 'norm' and 'pool'."""
+  """Features f(mean of the grid's tokens), f being the final norm. Stands at 'norm' and 'pool'.
+
+  Attributes:
+    at: where the mean is taken: 'norm' if that comes before the pooling, else 'pool'.
+  """
+
+  at: str
 
   @nn.compact
   def __call__(self, f: Op, x: Float[Array, 'b n d'], ctx: Ctx) -> Float[Array, 'b ...']:
-    if ctx.site == 'pool':
-      if self.is_initializing():
-        f(x)  # A MAP head is not used, but its stored weights must still find their place.
-      return x[:, 0]  # All tokens are the same.
+    if ctx.site == 'pool' and self.is_initializing():
+      f(x)  # A MAP head is not used, but its stored weights must still find their place.
+    if ctx.site != self.at:
+      return x[:, 0] if ctx.site == 'pool' else f(x)  # Here all tokens are the same.
     _, grid, _ = ctx.split(x)
-    return jnp.broadcast_to(f(grid.mean(axis=(1, 2, 3))[:, None]), x.shape)
+    mean = grid.mean(axis=(1, 2, 3))
+    return jnp.broadcast_to(f(mean[:, None]), x.shape) if ctx.site == 'norm' else mean

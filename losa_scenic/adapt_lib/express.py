@@ -29,7 +29,7 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 PLACES = {'norm1': ('norm1',), 'qkv': ('query', 'key', 'value'), 'out': ('out',)}
 

@@ -21,7 +21,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Params
 from losa_scenic.model_lib import encoder, layers, sites
 from losa_scenic.model_lib.adapted import Adapted
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 _POOL_LINEAR = ('pool_query', 'pool_key', 'pool_value', 'pool_out')
 _NORMS = ('norm1', 'norm2', 'norm')
@@ -79,7 +79,8 @@ def fold(model: Adapted, params: Params) -> dict[str, Any]:
       layer = backbone['encoder'][f'layers_{i}']
       apply = _inserts(sites.of_layer(inner, i), layer, ctx)
       layer['block'] = {
-        name: _fold_site(name, part, model.spec, apply) for name, part in layer['block'].items()
+        name: _fold_site(name, part, model.spec, apply) if name in FOLDABLE_SITES else part
+        for name, part in layer['block'].items()
       }
       backbone['encoder'][f'layers_{i}'] = _without_inserts(layer)
   backbone = _without_inserts(backbone)
@@ -105,7 +106,8 @@ def _inserts(table: sites.LayerInserts, params: Params, ctx: sites.Ctx) -> Apply
 
 
 def _fold_model_sites(backbone: dict[str, Any], spec: BackboneSpec, apply: ApplyInserts) -> None:
-  backbone['norm'] = _fold_site('norm', backbone['norm'], spec, apply)
+  if 'norm' in backbone:
+    backbone['norm'] = _fold_site('norm', backbone['norm'], spec, apply)
   backbone['patch'] = {'proj': _fold_patch(backbone['patch'], spec, apply)}
   if 'map_head' in backbone:
     head = dict(backbone['map_head'])
@@ -117,20 +119,18 @@ def _fold_model_sites(backbone: dict[str, Any], spec: BackboneSpec, apply: Apply
 
 def _fold_site(site: str, params: Params, spec: BackboneSpec, apply: ApplyInserts) -> Params:
   """A linear layer's or a norm's parameters with the site's inserts merged into them."""
-  f = (layers.layer_norm(spec, jnp.float32) if site in _NORMS else _dense(params)).bind(
-    {'params': params}
-  )
+  norm = layers.norm(spec, jnp.float32)
+  f = (norm if site in _NORMS else _dense(params)).bind({'params': params})
   adapted = apply(site, f)
   if adapted is f:
     return params
   if site in _NORMS:
-    return _probe_norm(site, adapted, layers.layer_norm(spec, jnp.float32), params)
-  width = params['kernel'].shape[0]
-  return _probe_linear(site, lambda x: adapted(x[:, None])[:, 0], width)
+    return _probe_norm(site, adapted, norm, params)
+  return _probe_linear(site, lambda x: adapted(x[:, None])[:, 0], params)
 
 
 def _dense(params: Params) -> nn.Dense:
-  return layers.dense(params['kernel'].shape[1], jnp.float32)
+  return layers.dense(params['kernel'].shape[1], jnp.float32, use_bias='bias' in params)
 
 
 def _fold_patch(params: Params, spec: BackboneSpec, apply: ApplyInserts) -> Params:
@@ -139,33 +139,44 @@ def _fold_patch(params: Params, spec: BackboneSpec, apply: ApplyInserts) -> Para
   if adapted is f:
     return params['proj']
   shape = (spec.tubelet, spec.patch, spec.patch, 3)
-  return _probe_linear('patch', lambda x: adapted(x.reshape(-1, *shape))[:, 0], int(np.prod(shape)))
+  return _probe_linear('patch', lambda x: adapted(x.reshape(-1, *shape))[:, 0], params['proj'])
 
 
-def _probe_linear(site: str, f: Callable[[Array], Array], width: int) -> Params:
-  """{'kernel', 'bias'} of an affine function of vectors [k width] -> [k e]."""
-  f = jax.jit(f)
+def _probe_linear(site: str, f: Callable[[Array], Array], params: Params) -> Params:
+  """Kernel and, if `params` have one, bias of an affine function of vectors [k width] -> [k e]."""
+  f, width = jax.jit(f), params['kernel'].shape[0]
   bias = f(jnp.zeros((1, width)))[0]
   kernel = f(jnp.eye(width)) - bias
   x = jnp.asarray(np.random.default_rng(0).standard_normal((8, width)), jnp.float32)
   _check_same(site, f(x), x @ kernel + bias)
-  return {'kernel': kernel, 'bias': bias}
+  return _as_stored(site, {'kernel': kernel, 'bias': bias}, params)
 
 
-def _probe_norm(
-  site: str, f: Callable[[Array], Array], norm: nn.LayerNorm, params: Params
-) -> Params:
+def _as_stored(site: str, merged: Params, params: Params) -> Params:
+  """`merged` without a bias that the backbone's own operation has no place for, if it is 0."""
+  if 'bias' in params:
+    return merged
+  if jnp.abs(merged['bias']).max() > 0:
+    raise errors.UserError(
+      f"This method cannot be merged into the backbone: it adds a bias at '{site}', where the "
+      'backbone has none.'
+    )
+  return {name: leaf for name, leaf in merged.items() if name != 'bias'}
+
+
+def _probe_norm(site: str, f: Callable[[Array], Array], norm: nn.Module, params: Params) -> Params:
   """{'scale', 'bias'} of a function that normalises and then scales and shifts each channel."""
   rng, d = np.random.default_rng(0), params['scale'].shape[0]
   # No channel of x is near the mean, so that each normalised value can be divided by.
   x = np.where(np.arange(d) % 2, 1.0, -1.0) * (1 + 0.25 * rng.random(d))
   x = jnp.asarray(np.stack([x, -x, rng.standard_normal(d)])[None], jnp.float32)
-  plain = functools.partial(norm.apply, {'params': {'scale': jnp.ones(d), 'bias': jnp.zeros(d)}})
+  unit = {'scale': jnp.ones(d), 'bias': jnp.zeros(d)}
+  plain = functools.partial(norm.apply, {'params': {name: unit[name] for name in params}})
   z, y = plain(x)[0], f(x)[0]
   # z[0] = -z[1]
   scale, bias = (y[0] - y[1]) / (z[0] - z[1]), (y[0] + y[1]) / 2
   _check_same(site, y, z * scale + bias)
-  return {'scale': scale, 'bias': bias}
+  return _as_stored(site, {'scale': scale, 'bias': bias}, params)
 
 
 def _check_same(site: str, have: Array, want: Array) -> None:

@@ -35,7 +35,7 @@ from losa_scenic.adapt_lib import selection as selection_lib
 from losa_scenic.adapt_lib.method import HEAD, Method, Run
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Params
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 SITES = ('norm1', 'attn', 'fc1', 'mlp')
 TARGET_SIZE = 512

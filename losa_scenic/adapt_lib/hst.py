@@ -38,7 +38,7 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 WIDTHS, HEADS = (32, 48, 64, 72), (2, 4, 8, 12)
 _NORM = re.compile(r'encoder/layers(_\d+)?/block/norm[12]/(scale|bias)')

@@ -11,7 +11,7 @@ from losa_scenic.adapt_lib.method import Run
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib import layers, vit
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 # Of every linear layer, and of every convolution.
 _LINEAR_INIT = nn.initializers.normal(0.02)

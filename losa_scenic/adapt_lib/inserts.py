@@ -19,7 +19,7 @@ from losa_scenic.model_lib.sites import Ctx, Op
 # A module `delta(x, ctx)` -> what is added: see `Delta`.
 MakeDelta = Callable[[], nn.Module]
 QKV = ('query', 'key', 'value')
-LINEAR_SITES = (*QKV, 'out', 'fc1', 'fc2')
+LINEAR_SITES = (*QKV, 'out', 'fc1', 'fc2', 'gate')
 # Uniform within 1 / sqrt(fan_in): PyTorch's default for the weight of a linear layer.
 LINEAR_INIT = nn.initializers.variance_scaling(1 / 3, 'fan_in', 'uniform')
 

@@ -25,7 +25,7 @@ from losa_scenic.adapt_lib.method import Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import encoder, layers, sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 TEMPERATURE = 0.1
 
@@ -60,7 +60,8 @@ def side_spec(
     mlp_dim = named[errors.one_of('mlp_dim (or a number)', mlp_dim, named)]
   if mlp_dim < 1:
     raise errors.UserError(f'mlp_dim must be at least 1, got {mlp_dim}.')
-  return dataclasses.replace(spec, width=width, mlp=mlp_dim, heads=heads)
+  plain = BackboneSpec(spec.name, width, spec.depth, mlp_dim, heads, spec.patch, spec.image_size)
+  return dataclasses.replace(plain, activation=f'gelu_{spec.gelu}', norm_eps=spec.norm_eps)
 
 
 class Ladder(nn.Module):

@@ -30,7 +30,7 @@ from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib import layers
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 def build(spec: BackboneSpec, *, rank: int = 16, group: int = 1, modules: int = 1) -> Method:

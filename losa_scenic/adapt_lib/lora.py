@@ -27,7 +27,7 @@ from losa_scenic.adapt_lib import inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 TARGETS = (*inserts.LINEAR_SITES, 'mlp')
 
@@ -48,8 +48,8 @@ def build(
     spec: the backbone.
     rank: r, at least 1 (8 on VTAB, 32 in the LoSA paper's large-scale tables).
     alpha: scale times rank, greater than 0; the rank itself when not given, so that s = 1.
-    targets: comma list of query, key, value, out, fc1, fc2, mlp; 'qkv' stands for the first three.
-      'query,value' is the original choice.
+    targets: comma list of query, key, value, out, fc1, fc2, gate (of gated MLPs), mlp; 'qkv' stands
+      for the first three. 'query,value' is the original choice.
     shared_down: one A for all targets; they must be among query, key and value, which have the same
       input. In a MAP head the query's input is the probe: it keeps an A of its own.
     map_head: the same targets in the MAP head; no effect without one.
@@ -74,7 +74,7 @@ def build(
     missing = sorted(set(pooling) - set(sites.MAP_HEAD_SITES))
     if missing:
       raise errors.UserError(
-        f'LoRA map_head has no targets fc1 and fc2, only mlp; given: {targets}.'
+        f'LoRA map_head has no targets fc1, fc2 and gate, only mlp; given: {targets}.'
       )
     table |= _entries([name for name in pooling if name == 'pool_query'], make, shared_down)
     table |= _entries([name for name in pooling if name != 'pool_query'], make, shared_down)

@@ -32,7 +32,7 @@ from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
 from losa_scenic.model_lib.encoder import Encoded
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 # What the side network reads of each block, in the order of the residual stream (Table 4).
 ACTIVATIONS = {'block': ('block',), 'mlp': ('mlp',), 'mhsa': ('attn',), 'both': ('attn', 'mlp')}

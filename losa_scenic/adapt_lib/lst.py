@@ -18,7 +18,7 @@ import functools
 
 from losa_scenic.adapt_lib import ladder
 from losa_scenic.adapt_lib.method import Method
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 def build(

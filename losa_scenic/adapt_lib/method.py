@@ -68,7 +68,7 @@ MEMORY_CLASSES = {
 def _kernels() -> Iterator[str]:
   """Paths of the weight matrices of layers, of more than any backbone has."""
   for layer in ('layers', *(f'layers_{i}' for i in range(256))):
-    for name in ('query', 'key', 'value', 'out', 'fc1', 'fc2'):
+    for name in ('query', 'key', 'value', 'out', 'fc1', 'gate', 'fc2'):
       yield f'encoder/{layer}/block/{name}/kernel'
 
 

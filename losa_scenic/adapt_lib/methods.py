@@ -35,7 +35,7 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 METHODS: dict[str, Callable[..., Method]] = {
   'adapter': adapter.build,

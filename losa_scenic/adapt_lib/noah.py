@@ -30,7 +30,7 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.adapt_lib.noah_architectures import ARCHITECTURES, DEPTH
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 _DEFAULT = '5'
 

@@ -30,8 +30,8 @@ from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx, Op
+from losa_scenic.model_lib.spec import BackboneSpec
 
 MODULES = ('prompts', 'rank', 'bottleneck')  # rows of a choice
 WIDTHS = (1, 5, 10)

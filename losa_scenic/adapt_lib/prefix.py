@@ -18,7 +18,7 @@ import flax.linen as nn
 from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 INITS = ('xavier', 'normal')
 

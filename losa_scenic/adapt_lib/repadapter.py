@@ -26,8 +26,8 @@ from losa_scenic.adapt_lib import inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx
+from losa_scenic.model_lib.spec import BackboneSpec
 
 PLACEMENTS = {'block': (inserts.QKV, 'fc1'), 'attn': (inserts.QKV,)}
 

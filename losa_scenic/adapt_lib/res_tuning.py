@@ -23,7 +23,7 @@ import flax.linen as nn
 
 from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 def build(spec: BackboneSpec, *, length: int = 10, dropout: float = 0.0) -> Method:

@@ -31,7 +31,7 @@ from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 FORMS = ('sum', 'weighted')
 

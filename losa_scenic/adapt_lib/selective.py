@@ -21,7 +21,7 @@ import functools
 from losa_scenic.adapt_lib import inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 def _everything(path: str) -> bool:
@@ -103,7 +103,9 @@ def mlp_only(spec: BackboneSpec, *, map_head: bool = True) -> Method:
     map_head: whether the MLP of the MAP head trains, too; no effect without a MAP head.
   """
   del spec
-  return Method(trains=functools.partial(_is_linear, names=('fc1', 'fc2'), map_head=map_head))
+  return Method(
+    trains=functools.partial(_is_linear, names=('fc1', 'gate', 'fc2'), map_head=map_head)
+  )
 
 
 def attention_only(spec: BackboneSpec, *, map_head: bool = True) -> Method:

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx, Op
+from losa_scenic.model_lib.spec import BackboneSpec
 
-SITES = ('patch', 'norm1', 'query', 'key', 'value', 'out', 'norm2', 'fc1', 'fc2', 'norm')
+SITES = ('patch', 'norm1', 'query', 'key', 'value', 'out', 'norm2', 'fc1', 'gate', 'fc2', 'norm')
 # init: standard deviation of the scales around 1 and of the shifts around 0.
 INITS = {'normal': 0.02, 'identity': 0.0}
 
@@ -38,10 +38,11 @@ def build(spec: BackboneSpec, *, init: str = 'normal') -> Method:
   Raises:
     errors.UserError: for an unknown init.
   """
-  del spec
   errors.one_of('ssf init', init, INITS)
+  absent = ([] if spec.gated else ['gate']) + (['norm'] if spec.final_norm == 'none' else [])
+  chosen = [site for site in SITES if site not in absent]
   insert = functools.partial(ScaleShift, INITS[init])
-  return Method(inserts=dict.fromkeys(SITES, insert), exact_at_init=init == 'identity')
+  return Method(inserts=dict.fromkeys(chosen, insert), exact_at_init=init == 'identity')
 
 
 class ScaleShift(nn.Module):

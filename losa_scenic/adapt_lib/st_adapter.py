@@ -29,8 +29,8 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx, Op
+from losa_scenic.model_lib.spec import BackboneSpec
 
 PLACEMENTS = {'both': ('attn_block', 'mlp_block'), 'mlp': ('mlp_block',)}
 

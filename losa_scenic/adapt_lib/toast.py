@@ -34,7 +34,7 @@ from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, PyTree
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 INITS = ('zero', 'released')
 _SMALL = nn.initializers.normal(0.02)

@@ -16,8 +16,8 @@ from jaxtyping import Float
 
 from losa_scenic.adapt_lib import inserts
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib.presets import BackboneSpec
 from losa_scenic.model_lib.sites import Ctx, Op
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 def own_tokens(ctx: Ctx) -> int:

@@ -26,7 +26,7 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 TARGETS = inserts.LINEAR_SITES
 
@@ -44,8 +44,9 @@ def build(
   Args:
     spec: the backbone.
     rank: r, at least 1 (256: the paper's image classification and peft's default).
-    targets: comma list of query, key, value, out, fc1, fc2; 'qkv' stands for the first three.
-      Which of fc1 and fc2 is among them changes the size of A and B, hence the numbers of all.
+    targets: comma list of query, key, value, out, fc1, fc2, gate; 'qkv' stands for the first
+      three. Which of the MLP's layers are among them changes the size of A and B, hence the numbers
+      of all.
     d_initial: lambda_d before training, not 0: lambda_b is, and nothing would ever train.
     seed: of A and B, at least 0.
 
@@ -61,7 +62,7 @@ def build(
   shared = functools.partial(
     Projections,
     inputs=max(spec.width, spec.mlp if 'fc2' in chosen else 0),
-    outputs=max(spec.width, spec.mlp if 'fc1' in chosen else 0),
+    outputs=max(spec.width, spec.mlp if {'fc1', 'gate'} & set(chosen) else 0),
     rank=rank,
     seed=seed,
   )

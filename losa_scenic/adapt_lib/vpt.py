@@ -25,7 +25,7 @@ from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 def shallow(spec: BackboneSpec, *, prompts: int = 10, dropout: float = 0.0) -> Method:

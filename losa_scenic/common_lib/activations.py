@@ -19,11 +19,12 @@ def quick_gelu(x: Array) -> Array:
   return x * jax.nn.sigmoid(1.702 * x)
 
 
-# What the bottlenecks of the methods use, by name.
+# What backbones and the bottlenecks of the methods use, by name.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   'relu': jax.nn.relu,
   'gelu_tanh': GELU['tanh'],
   'gelu_erf': GELU['erf'],
   'quick_gelu': quick_gelu,
+  'silu': jax.nn.silu,
   'none': lambda x: x,
 }

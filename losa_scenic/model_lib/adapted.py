@@ -11,7 +11,7 @@ from losa_scenic.adapt_lib.method import Method, Run, partition
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.model_lib.vit import ViT
 
 

@@ -19,8 +19,8 @@ from losa_scenic.adapt_lib.method import BACKBONE, partition
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Batch, Config, Metrics, Params
-from losa_scenic.model_lib import checkpoints, encoder
 from losa_scenic.model_lib.adapted import Adapted
+from losa_scenic.weights_lib import backbones
 
 DTYPES = ('float32', 'bfloat16', 'float16')
 LAYER_LOOPS = ('auto', 'scan', 'unroll')
@@ -42,7 +42,7 @@ class ClassificationModel:
   def __init__(self, config: Config | None, dataset_meta_data: Mapping[str, Any]):
     self.config = self.default_flax_model_config() if config is None else config
     self.dataset_meta_data = dataset_meta_data
-    self.backbone = checkpoints.find(
+    self.backbone = backbones.find(
       self.config.backbone, config_lib.to_dict(self.config.get('backbone_configs'))
     )
     self.flax_model = self.build_flax_model()
@@ -77,11 +77,14 @@ class ClassificationModel:
       'method': {self.config.method: options, 'files': self.flax_model.method.files},
     }
 
-  def init_params(self, rng: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+  def init_params(
+    self, rng: Array, place: Callable[[Any], Array] = jax.device_put
+  ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fresh trainable parameters and the frozen ones, with the stored weights in both.
 
     Args:
       rng: a key; it also makes a preset's random backbone.
+      place: puts a stored parameter on the devices.
 
     Returns:
       (trainable in float32, frozen in the config's `frozen_dtype_str`).
@@ -95,20 +98,24 @@ class ClassificationModel:
       errors.one_of('frozen_dtype_str', config.get('frozen_dtype_str', 'float32'), DTYPES)
     )
     trainable, frozen = partition(model.param_shapes(), model.method)
-    if self.backbone.path is None:
+    if self.backbone.weights is None:
       if trees.count(frozen) and not config.get('random_backbone', False):
         raise errors.UserError(
           f"Backbone '{config.backbone}' has random weights and method '{config.method}' would "
           'freeze them. Name a pretrained backbone '
-          f'({", ".join(checkpoints.packaged()) or "none is packaged"}, or a file), or say '
+          f'({", ".join(backbones.packaged()) or "none is packaged"}, or a file), or say '
           '--config.random_backbone=True.'
         )
       values = jax.jit(lambda r: model.init(r, jnp.zeros(model.input_shape())))(rng)['params']
       trainable, frozen = partition(values, model.method)
     else:
-      stored = checkpoints.load(self.backbone)
-      if not model.scan:
-        stored = encoder.unstack_layers(stored)
+      own = trees.flatten(trainable)
+      stored = backbones.load(
+        self.backbone,
+        stack=model.scan,
+        dtype=lambda path: jnp.float32 if f'{BACKBONE}/{path}' in own else frozen_dtype,
+        place=place,
+      )
       flat = trees.flatten({BACKBONE: stored})
       trainable = _replace(model.init_trainable(rng), flat)
       wanted = {path: leaf.shape for path, leaf in trees.flatten(frozen).items()}
@@ -120,7 +127,7 @@ class ClassificationModel:
           f"The weights of backbone '{config.backbone}' do not fit the model: missing "
           f'{missing[:5]}, unused {unused[:5]}, other shape {wrong[:5]}.'
         )
-      frozen = trees.unflatten({path: flat[path] for path in wanted})
+      return trainable, trees.unflatten({path: flat[path] for path in wanted})
     frozen = jax.tree.map(lambda a: jnp.asarray(a, frozen_dtype), frozen)
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), trainable), frozen
 
@@ -158,7 +165,10 @@ def _replace(trainable: Params, stored: Mapping[str, Any]) -> dict[str, Any]:
       raise errors.UserError(
         f'Stored weights {path} are {stored[path].shape}, the model needs {flat[path].shape}.'
       )
-  return trees.unflatten({path: stored.get(path, leaf) for path, leaf in flat.items()})
+  # Copies: a stored weight may lie in a mapped file, and what trains is written to.
+  return trees.unflatten(
+    {path: jnp.array(stored[path]) if path in stored else leaf for path, leaf in flat.items()}
+  )
 
 
 def _cross_entropy(logits: Array, label: Array, smoothing: float) -> Float[Array, ' b']:

@@ -1,4 +1,4 @@
-"""The one encoder: pre-norm blocks with named sites, scanned over stacked layers or unrolled.
+"""The one encoder: transformer blocks with named sites, scanned over stacked layers or unrolled.
 
 Scanned: parameters at `layers/...` with a leading [depth] axis; compiles in constant time.
 Unrolled: parameters at `layers_0/...`, `layers_1/...`; faster to run where there is no backward
@@ -19,10 +19,10 @@ import jax.numpy as jnp
 from jaxtyping import Float
 
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.common_lib.activations import GELU
+from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType, Params, PyTree
-from losa_scenic.model_lib import layers, sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib import layers, positions, sites
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 @flax.struct.dataclass
@@ -47,42 +47,84 @@ class Encoded:
 
 
 class Block(nn.Module):
-  """One pre-norm transformer block; its parts stand at the sites of `sites.LayerSite`."""
+  """One transformer block; its parts stand at the sites of `sites.LayerSite`."""
 
   spec: BackboneSpec
   dtype: DType = jnp.float32
 
   def setup(self):
-    spec, linear = self.spec, functools.partial(layers.dense, dtype=self.dtype)
-    self.norm1 = layers.layer_norm(spec, self.dtype)
-    self.norm2 = layers.layer_norm(spec, self.dtype)
-    self.query, self.key, self.value, self.out = (linear(spec.width) for _ in range(4))
+    spec, norm = self.spec, functools.partial(layers.norm, self.spec, self.dtype)
+
+    def linear(name: str, features: int, **kwargs: Any) -> nn.Dense:
+      return layers.dense(features, self.dtype, use_bias=spec.has_bias(name), **kwargs)
+
+    self.norm1, self.norm2 = norm(), norm()
+    self.query, self.key, self.value, self.out = (
+      linear(name, spec.width) for name in ('query', 'key', 'value', 'out')
+    )
     mlp_bias = nn.initializers.normal(1e-6)
-    self.fc1 = linear(spec.mlp, bias_init=mlp_bias)
-    self.fc2 = linear(spec.width, bias_init=mlp_bias)
+    self.fc1 = linear('fc1', spec.mlp, bias_init=mlp_bias)
+    self.fc2 = linear('fc2', spec.width, bias_init=mlp_bias)
+    if spec.gated:
+      self.gate = linear('gate', spec.mlp, bias_init=mlp_bias)
+    if spec.qk_norm != 'none':
+      self.query_norm, self.key_norm = norm(), norm()
+    if spec.attn_norm:
+      self.attn_norm = norm()
+    if spec.mlp_norm:
+      self.mlp_norm = norm()
+    if spec.layer_scale:
+      self.attn_scale, self.mlp_scale = (
+        self.param(name, nn.initializers.ones, (spec.width,))
+        for name in ('attn_scale', 'mlp_scale')
+      )
+    if spec.relative_positions:
+      self.relative_bias = self.param(
+        'relative_bias', nn.initializers.zeros, (positions.num_offsets(spec), spec.heads)
+      )
 
   def __call__(self, x: Float[Array, 'b n d'], at: layers.At) -> Float[Array, 'b m d']:
+    spec = self.spec
+
     def attend(qkv: Any) -> Array:
       q, k, v, *mask = qkv
-      return layers.attention(q, k, v, self.spec.heads, *mask)
+      bias = None
+      if spec.relative_positions:
+        bias = positions.relative_bias(self.relative_bias, spec, q.shape[1], k.shape[1])
+      return layers.attention(q, k, v, spec.heads, *mask, bias=bias)
 
     def attn(u: Array) -> Array:
       q, k, v = (at(name, getattr(self, name))(u) for name in ('query', 'key', 'value'))
-      return at('out', self.out)(at('attend', attend)((q, k, v)))
+      y = at('attend', attend)((self._placed(q, 'query_norm'), self._placed(k, 'key_norm'), v))
+      y = at('out', self.out)(self.attn_norm(y) if spec.attn_norm else y)
+      return y * self.attn_scale.astype(y.dtype) if spec.layer_scale else y
 
     def mlp(u: Array) -> Array:
-      return at('fc2', self.fc2)(GELU[self.spec.gelu](at('fc1', self.fc1)(u)))
+      act = ACTIVATIONS[spec.activation]
+      y = at('fc1', self.fc1)(u)
+      y = act(at('gate', self.gate)(u)) * y if spec.gated else act(y)
+      y = at('fc2', self.fc2)(self.mlp_norm(y) if spec.mlp_norm else y)
+      return y * self.mlp_scale.astype(y.dtype) if spec.layer_scale else y
 
-    def attn_block(x: Array) -> Array:
-      return x + at('attn', attn)(at('norm1', self.norm1)(x))
+    def branch(f: sites.Op, norm: sites.Op) -> sites.Op:
+      return lambda x: x + (f(norm(x)) if spec.block_norm == 'pre' else norm(f(x)))
 
-    def mlp_block(x: Array) -> Array:
-      return x + at('mlp', mlp)(at('norm2', self.norm2)(x))
+    attn_block = branch(at('attn', attn), at('norm1', self.norm1))
+    mlp_block = branch(at('mlp', mlp), at('norm2', self.norm2))
 
     def block(x: Array) -> Array:
       return at('mlp_block', mlp_block)(at('attn_block', attn_block)(x))
 
     return at('block', block)(x)
+
+  def _placed(self, x: Float[Array, 'b n d'], norm: str) -> Float[Array, 'b n d']:
+    """Queries or keys as attention compares them: normalised and turned by their position."""
+    spec = self.spec
+    if spec.qk_norm == 'width':
+      x = getattr(self, norm)(x)
+    elif spec.qk_norm == 'head':
+      x = getattr(self, norm)(layers.split_heads(x, spec.heads)).reshape(x.shape)
+    return positions.rotate(x, spec) if spec.rope != 'none' else x
 
 
 class Layer(nn.Module):

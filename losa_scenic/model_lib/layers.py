@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from losa_scenic.common_lib.activations import GELU
+from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 At = Callable[[str, Callable[[Any], Array]], Callable[[Any], Array]]
 
@@ -26,9 +26,10 @@ def dense(features: int, dtype: DType, **kwargs) -> nn.Dense:
   return nn.Dense(features, dtype=dtype, **kwargs)
 
 
-def layer_norm(spec: BackboneSpec, dtype: DType) -> nn.LayerNorm:
-  """LayerNorm over channels; statistics in float32, output in `dtype`."""
-  return nn.LayerNorm(epsilon=spec.norm_eps, dtype=dtype)
+def norm(spec: BackboneSpec, dtype: DType) -> nn.LayerNorm | nn.RMSNorm:
+  """The spec's kind of norm over channels; statistics in float32, output in `dtype`."""
+  kind = nn.LayerNorm if spec.norm == 'layer' else nn.RMSNorm
+  return kind(epsilon=spec.norm_eps, dtype=dtype)
 
 
 def split_heads(x: Float[Array, 'b n d'], heads: int) -> Float[Array, 'b n h e']:
@@ -42,8 +43,9 @@ def attention(
   v: Float[Array, 'b m d'],
   heads: int,
   mask: Bool[Array, '#b 1 #n m'] | None = None,
+  bias: Float[Array, 'h n m'] | None = None,
 ) -> Float[Array, 'b n d']:
-  """softmax(q k^T / sqrt(d / heads)) v, per head; the softmax is computed in float32.
+  """softmax(q k^T / sqrt(d / heads) + bias) v, per head; the softmax is computed in float32.
 
   With a mask, query i sees only the keys where it is True.
   """
@@ -52,7 +54,11 @@ def attention(
   if dtype == jnp.float16 and jax.default_backend() == 'cpu':
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   y = jax.nn.dot_product_attention(
-    split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), mask=mask
+    split_heads(q, heads),
+    split_heads(k, heads),
+    split_heads(v, heads),
+    bias=None if bias is None else bias[None].astype(q.dtype),
+    mask=mask,
   )
   return y.reshape(q.shape).astype(dtype)
 
@@ -79,7 +85,11 @@ class PatchEmbed(nn.Module):
     x = x.reshape(b, frames // t, t, height // p, p, width // p, p, channels)
     x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(b, -1, t * p * p * channels)
     return dense(
-      self.spec.width, self.dtype, kernel_init=nn.initializers.lecun_normal(), name='proj'
+      self.spec.width,
+      self.dtype,
+      use_bias=self.spec.patch_bias,
+      kernel_init=nn.initializers.lecun_normal(),
+      name='proj',
     )(x)
 
 
@@ -97,14 +107,14 @@ class MapHead(nn.Module):
     spec, linear = self.spec, functools.partial(dense, dtype=self.dtype)
     self.probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, spec.width))
     self.query, self.key, self.value, self.out = (linear(spec.width) for _ in range(4))
-    self.norm = layer_norm(spec, self.dtype)
+    self.norm = norm(spec, self.dtype)
     self.fc1, self.fc2 = linear(spec.mlp), linear(spec.width)
 
   def __call__(self, x: Float[Array, 'b n d'], at: At) -> Float[Array, 'b d']:
     probe = jnp.broadcast_to(self.probe.astype(self.dtype), (x.shape[0], 1, self.spec.width))
 
     def mlp(u: Array) -> Array:
-      return self.fc2(GELU[self.spec.gelu](self.fc1(u)))
+      return self.fc2(ACTIVATIONS[self.spec.activation](self.fc1(u)))
 
     z = at('pool_out', self.out)(
       attention(

@@ -1,4 +1,4 @@
-"""Backbone geometry: `BackboneSpec` and the table of named variants.
+"""The table of named backbone variants.
 
 A name is `<variant>/<patch>`: 'B/16', 'g/14', 'Ti/8'; or, for clips, `vivit-<variant>/<patch>x<t>`
 with tubelets of t frames: 'vivit-g/14x2'.
@@ -9,107 +9,7 @@ import re
 from typing import Any
 
 from losa_scenic.common_lib import errors
-
-POOLS = ('cls', 'gap', 'map')
-GELUS = ('tanh', 'erf')
-
-
-@dataclasses.dataclass(frozen=True)
-class BackboneSpec:
-  """What a ViT's weights are; how it is executed (dtype, scan, remat) is not part of it.
-
-  Attributes:
-    name: preset or checkpoint name, for people.
-    width: d, channels of the residual stream.
-    depth: L, number of encoder blocks.
-    mlp: hidden channels of a block's MLP.
-    heads: attention heads; divides `width`.
-    patch: side of a square patch in pixels.
-    image_size: side of the square input in pixels; a multiple of `patch`.
-    frames: frames of a clip, or 0 for images; a multiple of `tubelet`.
-    tubelet: frames of a patch.
-    pool: 'cls' (class token), 'gap' (mean over patch tokens) or 'map' (attention pooling).
-    class_token: whether a class token is prepended before the position embedding.
-    gelu: 'tanh' (the JAX checkpoints were trained with it) or 'erf'.
-    norm_eps: LayerNorm epsilon.
-    mean: per-channel mean of the input in [0, 1], subtracted first.
-    std: per-channel divisor in [0, 1] units.
-  """
-
-  name: str
-  width: int
-  depth: int
-  mlp: int
-  heads: int
-  patch: int
-  image_size: int = 224
-  frames: int = 0
-  tubelet: int = 1
-  pool: str = 'cls'
-  class_token: bool = True
-  gelu: str = 'tanh'
-  norm_eps: float = 1e-6
-  mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-  std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-
-  def __post_init__(self):
-    errors.one_of('pooling', self.pool, POOLS)
-    errors.one_of('gelu', self.gelu, GELUS)
-    for field in ('width', 'depth', 'mlp', 'heads', 'patch', 'image_size', 'tubelet'):
-      if getattr(self, field) < 1:
-        raise errors.UserError(f'Backbone {field} must be at least 1, got {getattr(self, field)}.')
-    if self.width % self.heads:
-      raise errors.UserError(f'{self.heads} heads do not divide the width {self.width}.')
-    if self.image_size % self.patch:
-      raise errors.UserError(
-        f'Image size {self.image_size} is not a multiple of the patch size {self.patch}.'
-      )
-    if self.frames < 0 or (self.frames or 1) % self.tubelet:
-      raise errors.UserError(
-        f'{self.frames} frames are not a multiple of the tubelet length {self.tubelet}.'
-      )
-    if self.pool == 'cls' and not self.class_token:
-      raise errors.UserError("Pooling 'cls' needs class_token=True.")
-
-  @property
-  def grid(self) -> tuple[int, int, int]:
-    """Token grid (t, h, w) of an input of `image_size`; t is 1 for images."""
-    side = self.image_size // self.patch
-    return ((self.frames or 1) // self.tubelet, side, side)
-
-  @property
-  def input_shape(self) -> tuple[int, ...]:
-    """Shape of one input: [h w 3], or [t h w 3] of a clip."""
-    image = (self.image_size, self.image_size, 3)
-    return (self.frames, *image) if self.frames else image
-
-  @property
-  def prefix(self) -> int:
-    """Leading tokens that are not on the grid."""
-    return int(self.class_token)
-
-  @property
-  def tokens(self) -> int:
-    """n, tokens the encoder sees, class token included."""
-    t, h, w = self.grid
-    return t * h * w + self.prefix
-
-  def to_json(self) -> dict[str, Any]:
-    """The spec as a JSON object; `from_json` reads it back."""
-    return dataclasses.asdict(self)
-
-  @classmethod
-  def from_json(cls, fields: dict[str, Any]) -> 'BackboneSpec':
-    """Reads `to_json`'s object. Raises `UserError` for a missing or an unknown field."""
-    known = {f.name: f for f in dataclasses.fields(cls)}
-    for key in fields:
-      if key not in known:
-        raise errors.unknown('backbone field', key, known)
-    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in fields]
-    if missing:
-      raise errors.UserError(f'The backbone description lacks: {", ".join(missing)}.')
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
-    return cls(**values)
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,7 +87,7 @@ def preset(name: str, **changes: Any) -> BackboneSpec:
   fields |= changes
   for key in changes:
     errors.one_of('backbone field', key, (f.name for f in dataclasses.fields(BackboneSpec)))
-  fields.setdefault('class_token', fields['pool'] == 'cls')
+  fields.setdefault('class_token', fields['pool'].startswith('cls'))
   if variant in _IMAGE_SIZE:
     fields.setdefault('image_size', _IMAGE_SIZE[variant])
   return BackboneSpec(name=name, patch=int(patch), **fields)

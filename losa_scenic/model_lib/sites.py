@@ -9,6 +9,8 @@ Nesting of the sites of a layer:
   block(x)      = mlp_block(attn_block(x))
   attn_block(x) = x + attn(norm1(x))      attn(u) = out(attend(query(u), key(u), value(u)))
   mlp_block(x)  = x + mlp(norm2(x))       mlp(u)  = fc2(gelu(fc1(u)))
+in a gated MLP fc2(act(gate(u)) * fc1(u)); in a block with post-norm norm1(attn(x)), norm2(mlp(x)).
+LayerScale ends `attn` and `mlp`; rotary positions and norms of q and k come before `attend`.
 
 A table of inserts maps a site to a factory of modules, one for every layer. A tuple of sites shares
 one module (its parameters stand at `insert_query+key+value`); `PerLayer` makes a different module,
@@ -30,8 +32,8 @@ Op = Callable[[Any], Array]
 ModelSite = Literal[
   'patch',  # images -> patch tokens [b n_patches d]
   'encoder',  # embedded tokens [b n d] -> output of the last block [b n d]
-  'norm',  # final LayerNorm
-  'pool',  # normalised tokens [b n d] -> features [b d]
+  'norm',  # final norm, of tokens [b n d], or of pooled features [b 1 d]
+  'pool',  # tokens [b n d] -> features [b d]
   'pool_query',  # the linears of the MAP head, and its whole MLP
   'pool_key',
   'pool_value',
@@ -52,6 +54,7 @@ LayerSite = Literal[
   'norm2',
   'mlp',
   'fc1',
+  'gate',  # of gated MLPs only
   'fc2',
 ]
 Site = ModelSite | LayerSite

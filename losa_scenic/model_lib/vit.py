@@ -1,5 +1,8 @@
 """ViT: patches -> encoder -> final norm -> pooling. Dosovitskiy et al. 2021, section 3.1.
 
+What else `BackboneSpec` can say (registers, norms, rotary positions ...) is what public checkpoints
+have; each is a line here or in `encoder.Block`.
+
 With frames in the spec, tubelets of a clip take the place of patches and all tokens attend to each
 other: the unfactorised space-time ViViT (Arnab et al. 2021, section 3.3, model 1).
 """
@@ -11,7 +14,7 @@ from jaxtyping import Float, Num
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType, PyTree
 from losa_scenic.model_lib import encoder, layers, sites
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 
 class ViT(nn.Module):
@@ -46,13 +49,23 @@ class ViT(nn.Module):
     self.patch = layers.PatchEmbed(spec, dtype=self.dtype)
     if spec.class_token:
       self.cls = self.param('cls', nn.initializers.zeros, (1, 1, spec.width))
-    self.pos_embedding = self.param(
-      'pos_embedding', nn.initializers.normal(0.02), (1, spec.tokens, spec.width)
-    )
+    if spec.registers:
+      self.registers = self.param(
+        'registers', nn.initializers.normal(0.02), (1, spec.registers, spec.width)
+      )
+    if spec.positions == 'learned':
+      self.pos_embedding = self.param(
+        'pos_embedding', nn.initializers.normal(0.02), (1, spec.tokens, spec.width)
+      )
+    if spec.patch_norm:
+      self.patch_norm = layers.norm(spec, self.dtype)
+    if spec.pre_norm:
+      self.pre_norm = layers.norm(spec, self.dtype)
     self.encoder = encoder.Encoder(
       spec, inner, self.collect, dtype=self.dtype, scan=self.scan, remat=self.remat
     )
-    self.norm = layers.layer_norm(spec, self.dtype)
+    if spec.final_norm != 'none':
+      self.norm = layers.norm(spec, self.dtype)
     if spec.pool == 'map':
       self.map_head = layers.MapHead(spec, dtype=self.dtype)
     self.insert = {sites.name_of(where): make() for where, make in outer.items()}
@@ -89,15 +102,11 @@ class ViT(nn.Module):
     spec = self.spec
     if images.shape[1:] != spec.input_shape:
       raise errors.UserError(
-        f'Images are {list(images.shape[1:])}, but the position embedding of backbone '
-        f"'{spec.name}' is for {list(spec.input_shape)}."
+        f"Images are {list(images.shape[1:])}, but backbone '{spec.name}' is for "
+        f'{list(spec.input_shape)}.'
       )
     at = self._at(train, shared)
-    x = at('patch', self.patch)(normalize(images, spec))
-    if spec.class_token:
-      cls = jnp.broadcast_to(self.cls.astype(x.dtype), (x.shape[0], 1, spec.width))
-      x = jnp.concatenate([cls, x], axis=1)
-    embedded = x + self.pos_embedding.astype(x.dtype)
+    embedded = self._embedded(at('patch', self.patch)(normalize(images, spec)))
     ctx = self._ctx(train, shared=None)  # The encoder hands `shared` to its layers itself.
     seen: dict[str, Array] = {}
 
@@ -109,26 +118,47 @@ class ViT(nn.Module):
     tokens = at('encoder', run)(embedded)
     return encoder.Encoded(tokens, embedded, seen, spec.grid, spec.prefix)
 
+  def _embedded(self, x: Float[Array, 'b patches d']) -> Float[Array, 'b n d']:
+    """Patch tokens -> input of the first block: class token, registers, patches."""
+    spec = self.spec
+    x = self.patch_norm(x) if spec.patch_norm else x
+    prefix = [self.cls] if spec.class_token else []
+    prefix += [self.registers] if spec.registers else []
+    own = [jnp.broadcast_to(p.astype(x.dtype), (len(x), *p.shape[1:])) for p in prefix]
+    x = jnp.concatenate([*own, x], axis=1)
+    if spec.positions == 'learned':
+      x = x + self.pos_embedding.astype(x.dtype)
+    return self.pre_norm(x) if spec.pre_norm else x
+
   def normed(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b n d']:
-    """Final norm of tokens in the place of the last block's output."""
-    return self._at(train, shared)('norm', self.norm)(tokens.astype(self.dtype))
+    """Final norm of tokens in the place of the last block's output, if it is before the pooling."""
+    tokens = tokens.astype(self.dtype)
+    if self.spec.final_norm != 'tokens':
+      return tokens
+    return self._at(train, shared)('norm', self.norm)(tokens)
 
   def pooled(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b d']:
-    """Pooling of tokens after the final norm. The mean is over the grid's tokens alone."""
-    at = self._at(train, shared)
+    """Pooling of `normed` tokens, and the final norm if it comes after.
+
+    The mean is over the grid's tokens alone.
+    """
+    at, spec = self._at(train, shared), self.spec
 
     def pool(x: Array) -> Array:
-      if self.spec.pool == 'map':
+      if spec.pool == 'map':
         return self.map_head(x, at)
-      if self.spec.pool == 'cls':
-        return x[:, 0]
-      return x[:, self.spec.prefix : self.spec.tokens].mean(axis=1)
+      if spec.pool == 'gap':
+        return x[:, spec.prefix : spec.tokens].mean(axis=1)
+      return x[:, 0] if spec.pool == 'cls' else x[:, :2].mean(axis=1)
 
-    return at('pool', pool)(tokens)
+    x = at('pool', pool)(tokens)
+    if spec.final_norm != 'pooled':
+      return x
+    return at('norm', self.norm)(x[:, None])[:, 0]
 
   def features(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False

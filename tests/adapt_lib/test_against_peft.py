@@ -21,7 +21,7 @@ from losa_scenic.model_lib import presets
 from losa_scenic.model_lib.adapted import Adapted
 
 GOLDEN = np.load(pathlib.Path(__file__).parents[1] / 'golden' / 'peft_vit.npz')
-SPEC = presets.preset('test/8', gelu='erf')
+SPEC = presets.preset('test/8', activation='gelu_erf')
 TOLERANCE = 1e-5  # Of the largest value.
 # The case in the file: (our method, its options).
 CASES = {

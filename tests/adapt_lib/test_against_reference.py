@@ -16,7 +16,7 @@ from losa_scenic.model_lib.adapted import Adapted
 
 QUICK_TO_COMPILE = {'xla_cpu_use_fusion_emitters': False}  # Less than half the time.
 CLS = {'name': 'test/8', 'depth': 2}
-GAP = {'name': 'test/8', 'pool': 'gap', 'gelu': 'erf', 'depth': 2}
+GAP = {'name': 'test/8', 'pool': 'gap', 'activation': 'gelu_erf', 'depth': 2}
 MAP = {'name': 'test/8', 'pool': 'map', 'depth': 2}
 CLIP = {'name': 'vivit-test/8x2', 'depth': 2}  # Pools with a MAP head.
 # (method, its options, backbone); what is not given is at its default.
@@ -91,7 +91,7 @@ CASES = [
   ('toast', {'value_bias': False}, MAP),
   ('toast_lite', {'rank': 3, 'value_bias': True}, CLS),
   ('toast_lite', {'rank': 3}, CLIP),
-  ('hst', {'meta_tokens': 2}, {**CLS, 'depth': 4, 'gelu': 'erf'}),
+  ('hst', {'meta_tokens': 2}, {**CLS, 'depth': 4, 'activation': 'gelu_erf'}),
   ('hst', {'stages': 1}, MAP),
 ]
 

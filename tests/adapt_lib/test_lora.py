@@ -137,7 +137,7 @@ def test_dropout_thins_out_the_input_in_training_only():
     ({'targets': ''}, "Unknown LoRA target ''"),
     ({'targets': 'qkv,key'}, "'qkv,key' name a site twice"),
     ({'targets': 'qkv,out', 'shared_down': True}, "among query, key and value; given: 'qkv,out'"),
-    ({'targets': 'query,fc1', 'map_head': True}, 'no targets fc1 and fc2, only mlp; given: query'),
+    ({'targets': 'query,fc1', 'map_head': True}, 'no targets fc1, fc2 and gate, only mlp'),
   ],
 )
 def test_a_bad_option_is_a_user_error(options, message):

@@ -130,7 +130,7 @@ def test_the_two_gelus_differ(random_like):
 
 @pytest.mark.parametrize('kind', ['tanh', 'erf'])
 def test_build_takes_the_backbones_gelu(kind):
-  spec = presets.preset('test/8', gelu=kind)
+  spec = presets.preset('test/8', activation=f'gelu_{kind}')
   assert losa.build(spec).side().gelu == kind
 
 

@@ -19,7 +19,7 @@ def f(x):
   return (2 * x + 1)[..., :4]
 
 
-@pytest.mark.parametrize('where', ssf.SITES)
+@pytest.mark.parametrize('where', [site for site in ssf.SITES if site != 'gate'])
 def test_insert_equals_the_equation(where, call_insert):
   have, p = call_insert(methods.build('ssf', SPEC), where, f, X, CTX)
   want = f(X.astype(np.float64)) * p['scale'] + p['shift']
@@ -39,6 +39,11 @@ def test_stands_after_every_linear_layer_and_norm_but_the_map_heads(pool):
   )
   assert where == {f'insert_{name}': n for name, n in {**width, 'fc1': 64}.items()}
   assert sum(leaf.size for leaf in have.values()) == 2 * 3 * (7 * 32 + 64) + 4 * 32
+
+
+def test_of_a_gated_mlp_the_gate_too_and_no_norm_where_there_is_none():
+  spec = presets.preset('test/8', gated=True, final_norm='none')
+  assert set(methods.build('ssf', spec).inserts) == set(ssf.SITES) - {'norm'}
 
 
 def test_starts_around_or_at_the_identity(start_of):

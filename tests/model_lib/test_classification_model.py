@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import checkpoints, encoder, presets
+from losa_scenic.model_lib import encoder, presets
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.model_lib.vit import ViT
+from losa_scenic.weights_lib import backbones
 
 CLASSES = 4
 
@@ -118,7 +119,7 @@ def stored(tmp_path, random_like):
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
   shapes = jax.eval_shape(ViT(spec, {}, scan=True).init, jax.random.key(0), images)['params']
   params = random_like(shapes)
-  return str(checkpoints.save(tmp_path / 'stored.json', spec, params).path), params
+  return str(backbones.save(tmp_path / 'stored.json', spec, params).weights.path), params
 
 
 @pytest.mark.parametrize('method', ['losa', 'full'])
@@ -153,7 +154,7 @@ def test_another_pooling_that_needs_other_weights_is_refused(stored):
 def test_stored_weights_of_another_geometry_are_refused(stored):
   model = make_model(backbone=stored[0])
   other = presets.preset('test/8', mlp=128)
-  model.backbone = checkpoints.Backbone(other, model.backbone.path, model.backbone.sha256)
+  model.backbone = backbones.Backbone(other, model.backbone.weights)
   model.flax_model = model.flax_model.clone(spec=other)
   with pytest.raises(errors.UserError, match=r'do not fit the model.*other shape.*fc1'):
     model.init_params(jax.random.key(0))

@@ -47,7 +47,8 @@ def manual(params, images, spec, site):
       return at('out', dense(p['out']))(at('attend', attend)((q, k, v)))
 
     def mlp(u):
-      return at('fc2', dense(p['fc2']))(GELU['tanh'](at('fc1', dense(p['fc1']))(u)))
+      gate, hidden = (at(name, dense(p[name]))(u) for name in ('gate', 'fc1'))
+      return at('fc2', dense(p['fc2']))(GELU['tanh'](gate) * hidden)
 
     def attn_block(x):
       return x + at('attn', attn)(at('norm1', norm(p['norm1']))(x))
@@ -80,7 +81,8 @@ def manual(params, images, spec, site):
 
 @pytest.fixture(scope='module')
 def spec():
-  return presets.preset('test/8', pool='map', class_token=True, depth=2)
+  """A backbone that has every site."""
+  return presets.preset('test/8', pool='map', class_token=True, depth=2, gated=True)
 
 
 @pytest.fixture(scope='module')

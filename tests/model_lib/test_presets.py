@@ -8,6 +8,7 @@ import pytest
 
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.model_lib import presets
+from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.model_lib.vit import ViT
 
 
@@ -82,7 +83,7 @@ def test_clips_make_a_grid_of_tubelets(name, changes, tokens, grid, input_shape)
 @pytest.mark.parametrize('name', presets.names())
 def test_json_round_trip(name):
   spec = presets.preset(name, mean=(0.1, 0.2, 0.3))
-  assert presets.BackboneSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+  assert BackboneSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 @pytest.mark.parametrize(
@@ -94,8 +95,8 @@ def test_json_round_trip(name):
     ('vivit-g/14', {}, r"Unknown backbone 'vivit-g/14'\. Did you mean 'vivit-g/14x2'"),
     ('vivit-g/14x2', {'frames': 31}, '31 frames are not a multiple of the tubelet length 2'),
     ('B/16', {'widht': 5}, r"Unknown backbone field 'widht'\. Did you mean 'width'"),
-    ('B/16', {'pool': 'mean'}, "Unknown pooling 'mean'"),
-    ('B/16', {'gelu': 'exact'}, "Unknown gelu 'exact'"),
+    ('B/16', {'pool': 'mean'}, "Unknown backbone pool 'mean'"),
+    ('B/16', {'activation': 'gelu'}, "Unknown backbone activation 'gelu'"),
     ('B/16', {'depth': 0}, 'depth must be at least 1, got 0'),
     ('B/16', {'heads': 7}, '7 heads do not divide the width 768'),
     ('B/14', {'image_size': 225}, '225 is not a multiple of the patch size 14'),
@@ -118,4 +119,4 @@ def test_from_json_refuses_missing_and_unknown_fields(change, message):
   fields = presets.preset('test/8').to_json()
   change(fields)
   with pytest.raises(errors.UserError, match=message):
-    presets.BackboneSpec.from_json(fields)
+    BackboneSpec.from_json(fields)

@@ -89,7 +89,8 @@ def init_shapes(spec, **fields):
   [('cls', True), ('gap', False), ('gap', True), ('map', False), ('map', True)],
 )
 def test_features_equal_the_numpy_reference(pool, class_token, gelu_kind, random_like, make_batch):
-  spec = presets.preset('test/8', pool=pool, class_token=class_token, gelu=gelu_kind)
+  activation = f'gelu_{gelu_kind}'
+  spec = presets.preset('test/8', pool=pool, class_token=class_token, activation=activation)
   params, images = random_like(init_shapes(spec), scale=0.4), make_batch(2)['inputs']
   have = jax.jit(ViT(spec, {}).apply)({'params': params}, images)
   want = reference(params, images, spec)
@@ -98,7 +99,7 @@ def test_features_equal_the_numpy_reference(pool, class_token, gelu_kind, random
 
 
 def test_the_reference_tells_the_gelus_apart(random_like, make_batch):
-  tanh, erf = (presets.preset('test/8', gelu=kind) for kind in ('tanh', 'erf'))
+  tanh, erf = (presets.preset('test/8', activation=f'gelu_{kind}') for kind in ('tanh', 'erf'))
   params, images = random_like(init_shapes(tanh), scale=0.4), make_batch(2)['inputs']
   assert np.abs(reference(params, images, tanh) - reference(params, images, erf)).max() > 2e-4
 
@@ -106,7 +107,7 @@ def test_the_reference_tells_the_gelus_apart(random_like, make_batch):
 @pytest.mark.parametrize('shape', [(1, 32, 40, 3), (1, 40, 40, 3), (1, 32, 32, 1)])
 def test_a_wrong_image_size_is_a_user_error(shape):
   spec = presets.preset('test/8')
-  with pytest.raises(errors.UserError, match=r"of backbone 'test/8' is for \[32, 32, 3\]"):
+  with pytest.raises(errors.UserError, match=r"backbone 'test/8' is for \[32, 32, 3\]"):
     ViT(spec, {}).init(jax.random.key(0), jnp.zeros(shape))
 
 

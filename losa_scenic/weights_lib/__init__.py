@@ -1,0 +1,1 @@
+"""Public checkpoint files turned into parameters of our models."""
