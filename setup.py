@@ -40,6 +40,6 @@ setuptools.setup(
   extras_require={
     'gpu': ['jax[cuda12]>=0.10,<0.12'],
     'tpu': ['jax[tpu]>=0.10,<0.12'],
-    'dev': ['beartype', 'pyright', 'pytest', 'pytest-xdist', 'ruff'],
+    'dev': ['beartype', 'hypothesis', 'pyright', 'pytest', 'pytest-xdist', 'ruff'],
   },
 )
