@@ -13,9 +13,10 @@ from losa_scenic import app
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import datasets
-from losa_scenic.model_lib import checkpoints, models
+from losa_scenic.model_lib import models
 from losa_scenic.train_lib import run_config, trainer
 from losa_scenic.train_lib.writers import Writer
+from losa_scenic.weights_lib import backbones
 
 
 def main(*, rng: jax.Array, config: Config, workdir: pathlib.Path, writer: Writer) -> None:
@@ -23,8 +24,8 @@ def main(*, rng: jax.Array, config: Config, workdir: pathlib.Path, writer: Write
   config = run_config.resolve(config)
   model_cls = models.get_model_cls(config.model_name)
   train = trainer.get_trainer(config.trainer_name)
-  backbone = checkpoints.find(config.backbone, config_lib.to_dict(config.backbone_configs))
-  dataset = datasets.of_run(config, backbone.spec.image_size)
+  backbone = backbones.find(config.backbone, config_lib.to_dict(config.backbone_configs))
+  dataset = datasets.of_run(config, backbone.spec)
   train(
     rng=rng,
     config=config,

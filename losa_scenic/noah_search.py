@@ -28,12 +28,13 @@ from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils, datasets
-from losa_scenic.model_lib import checkpoints, models
+from losa_scenic.model_lib import models
 from losa_scenic.train_lib import evaluate, run_config, trainer, writers
 from losa_scenic.train_lib import workdir as workdir_lib
 from losa_scenic.train_lib.program import Program, build_program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
+from losa_scenic.weights_lib import backbones
 
 # The test split stays unseen: this chooses hyper-parameters.
 _OVERRIDES = (
@@ -69,8 +70,8 @@ def search(
   """
   config = run_config.resolve(config)
   model_cls = models.get_model_cls(config.model_name)
-  backbone = checkpoints.find(config.backbone, config_lib.to_dict(config.backbone_configs))
-  dataset = datasets.of_run(config, backbone.spec.image_size)
+  backbone = backbones.find(config.backbone, config_lib.to_dict(config.backbone_configs))
+  dataset = datasets.of_run(config, backbone.spec)
   if dataset.valid_ds is None:
     raise errors.UserError(
       'The search compares choices on a validation split, and this data has none (train_split '

@@ -11,6 +11,12 @@ os.environ['XLA_FLAGS'] = (
 ).strip()
 # Nearly all time goes into compiling programs that run for milliseconds: halves the time of a run.
 os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
+# The processes of a run, and the next run, share what was compiled.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR', str(pathlib.Path(__file__).parents[1] / '.pytest_cache' / 'jax')
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES', '-1')
 
 from collections.abc import Callable, Iterator
 from typing import Any

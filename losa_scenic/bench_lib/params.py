@@ -8,8 +8,8 @@ from typing import Any
 from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import partition, split_head
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import checkpoints
 from losa_scenic.model_lib.adapted import Adapted
+from losa_scenic.weights_lib import backbones
 
 
 def count(
@@ -65,7 +65,7 @@ def models(
   """
   if num_classes < 1:
     raise errors.UserError(f'num_classes must be at least 1, got {num_classes}.')
-  spec = checkpoints.find(backbone, backbone_options).spec
+  spec = backbones.find(backbone, backbone_options).spec
   built = methods.build(method, spec, options)
   plain = methods.build('linear', spec)
   return (

@@ -68,6 +68,7 @@ def make_dataset(
   image_size: int,
   metric: str = 'accuracy',
   name: str = '',
+  interpolation: str = '',
 ) -> Dataset:
   """Builds the pipelines of a data set.
 
@@ -85,11 +86,12 @@ def make_dataset(
     image_size: side s of the images in pixels.
     metric: 'accuracy' (over images) or 'per_class' (mean of the classes' accuracies).
     name: name of the set.
+    interpolation: how the images were resized, '' if they were not.
 
   Returns:
     The data set. `meta_data` has num_classes, input_shape (-1, s, s, 3), input_dtype,
     num_train_examples, num_eval_examples (validation; 0 without), num_test_examples,
-    target_is_onehot (False), class_names, metric and name.
+    target_is_onehot (False), class_names, metric, name and interpolation.
 
   Raises:
     errors.UserError: for an empty training or test split and for options out of range.
@@ -110,7 +112,8 @@ def make_dataset(
     train_iter=iterate(train_ds),
     valid_iter=None if valid_ds is None else _forever(valid_ds),
     test_iter=_forever(test_ds),
-    meta_data=_meta_data(splits, dtype_str, image_size) | {'metric': metric, 'name': name},
+    meta_data=_meta_data(splits, dtype_str, image_size)
+    | {'metric': metric, 'name': name, 'interpolation': interpolation},
     train_ds=train_ds,
     valid_ds=valid_ds,
     test_ds=test_ds,

@@ -8,6 +8,7 @@ from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils, sources
+from losa_scenic.model_lib.spec import BackboneSpec
 
 # name -> 'module:function'; the module is imported when the set is asked for. The function takes
 # `image_size` and its own options by keyword and returns `sources.Splits`.
@@ -47,6 +48,7 @@ def build_dataset(
   dtype_str: str = 'uint8',
   shuffle_seed: int = 0,
   image_size: int,
+  interpolation: str = 'bicubic',
   dataset_configs: Mapping[str, Any] | None = None,
 ) -> dataset_utils.Dataset:
   """Builds a data set by name.
@@ -59,6 +61,8 @@ def build_dataset(
     dtype_str: 'uint8' or 'float32', see `dataset_utils.make_dataset`.
     shuffle_seed: seed of the training order, at least 0.
     image_size: side of the images in pixels.
+    interpolation: how sets of images resize them, unless `dataset_configs` says another: a key of
+      `decode.INTERPOLATIONS`.
     dataset_configs: options; None values count as not given. For every set: `train_split` ('train',
       or 'trainval' to train on the training and validation images, with no validation left),
       `metric` ('accuracy' or 'per_class') and `image_size` (in place of the argument). All others
@@ -85,6 +89,8 @@ def build_dataset(
   _check_divisible('batch_size', batch_size, num_shards)
   _check_divisible('eval_batch_size', eval_batch_size, num_shards)
 
+  if 'interpolation' in known:  # Sprites are drawn in the size they have.
+    own.setdefault('interpolation', interpolation)
   splits = config_lib.build(splits_fn, block=own, what=what, image_size=image_size)
   if train_split == 'trainval':
     splits = _train_on_valid(splits, what)
@@ -97,6 +103,7 @@ def build_dataset(
     image_size=image_size,
     metric=metric,
     name=name,
+    interpolation=own.get('interpolation', ''),
   )
 
 
@@ -118,12 +125,13 @@ def _check_divisible(option: str, batch_size: int, num_shards: int) -> None:
     )
 
 
-def of_run(config: Config, image_size: int) -> dataset_utils.Dataset:
+def of_run(config: Config, spec: BackboneSpec) -> dataset_utils.Dataset:
   """The dataset that a resolved config (see `run_config`) describes.
 
   Args:
     config: a run's config.
-    image_size: side of the images in pixels, unless `config.dataset_configs` says another.
+    spec: the backbone's, whose image size and interpolation are taken unless
+      `config.dataset_configs` says others.
 
   Raises:
     errors.UserError: as `build_dataset`.
@@ -134,6 +142,7 @@ def of_run(config: Config, image_size: int) -> dataset_utils.Dataset:
     eval_batch_size=config.eval_batch_size,
     dtype_str=config.data_dtype_str,
     shuffle_seed=config.shuffle_seed,
-    image_size=image_size,
+    image_size=spec.image_size,
+    interpolation=spec.interpolation,
     dataset_configs=config.dataset_configs,
   )

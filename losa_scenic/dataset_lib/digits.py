@@ -15,11 +15,12 @@ NUM_VALID = 200
 NUM_CLASSES = 10
 
 
-def splits(*, image_size: int) -> sources.Splits:
+def splits(*, image_size: int, interpolation: str = 'bicubic') -> sources.Splits:
   """Loads the digits, enlarged to RGB images (ink white on black).
 
   Args:
     image_size: side of the images in pixels.
+    interpolation: how they are resized, a key of `decode.INTERPOLATIONS`.
 
   Returns:
     800 / 200 / 797 images in memory.
@@ -27,7 +28,10 @@ def splits(*, image_size: int) -> sources.Splits:
   digits = sklearn_datasets.load_digits()
   grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # The set counts ink as 0..16.
   images = np.stack(
-    [decode.resize(np.repeat(image[..., None], 3, axis=-1), image_size) for image in grey]
+    [
+      decode.resize(np.repeat(image[..., None], 3, axis=-1), image_size, interpolation)
+      for image in grey
+    ]
   )
   order = _stratified_order(digits.target)
   parts = np.split(order, [NUM_TRAIN, NUM_TRAIN + NUM_VALID])

@@ -40,6 +40,7 @@ _ClassFiles = dict[str, list[pathlib.Path]]
 def splits(
   *,
   image_size: int,
+  interpolation: str = 'bicubic',
   path: str | None = None,
   val_fraction: float | None = None,
   test_fraction: float | None = None,
@@ -49,6 +50,7 @@ def splits(
 
   Args:
     image_size: side of the images in pixels.
+    interpolation: how they are resized, a key of `decode.INTERPOLATIONS`.
     path: the folder; required.
     val_fraction: share in [0, 1) of each class to validate with, where there is no `val/`; 0 for
       no validation split. Default 0.1.
@@ -88,9 +90,9 @@ def splits(
   if not found['test']:
     raise errors.UserError(f"{root}: no test images: give 'test/' or a test_fraction above 0.")
   return sources.Splits(
-    train=_source(train, tuple(train), image_size),
-    valid=_source(found['val'], tuple(train), image_size) if found['val'] else None,
-    test=_source(found['test'], tuple(train), image_size),
+    train=_source(train, tuple(train), image_size, interpolation),
+    valid=_source(found['val'], tuple(train), image_size, interpolation) if found['val'] else None,
+    test=_source(found['test'], tuple(train), image_size, interpolation),
     class_names=tuple(train),
   )
 
@@ -187,9 +189,11 @@ def _checked_fraction(option: str, value: float) -> float:
 
 
 def _source(
-  classes: _ClassFiles, class_names: tuple[str, ...], image_size: int
+  classes: _ClassFiles, class_names: tuple[str, ...], image_size: int, interpolation: str
 ) -> sources.FileSource:
   paths = [file for files in classes.values() for file in files]
   counts = [len(files) for files in classes.values()]
   labels = np.repeat([class_names.index(name) for name in classes], counts)
-  return sources.FileSource(paths, labels, image_size, num_classes=len(class_names))
+  return sources.FileSource(
+    paths, labels, image_size, num_classes=len(class_names), interpolation=interpolation
+  )

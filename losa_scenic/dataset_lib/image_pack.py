@@ -24,12 +24,17 @@ _TRAIN, _VALID, _TEST = 0, 1, 2
 
 
 def splits(
-  *, image_size: int, path: str | None = None, max_gigabytes: float = 16.0
+  *,
+  image_size: int,
+  interpolation: str = 'bicubic',
+  path: str | None = None,
+  max_gigabytes: float = 16.0,
 ) -> sources.Splits:
   """Reads a pack and decodes all images into memory.
 
   Args:
     image_size: side of the images in pixels.
+    interpolation: how they are resized, a key of `decode.INTERPOLATIONS`.
     path: the `.npz` file; required.
     max_gigabytes: more memory than this for the decoded images is refused.
 
@@ -56,7 +61,7 @@ def splits(
 
   def source(part: int) -> sources.ArraySource:
     members = np.flatnonzero(pack['split'] == part)
-    return _decoded(file, pack, members, image_size)
+    return _decoded(file, pack, members, image_size, interpolation)
 
   return sources.Splits(
     train=source(_TRAIN),
@@ -120,7 +125,11 @@ def _check(file: pathlib.Path, pack: dict[str, np.ndarray]) -> None:
 
 
 def _decoded(
-  file: pathlib.Path, pack: dict[str, np.ndarray], members: np.ndarray, image_size: int
+  file: pathlib.Path,
+  pack: dict[str, np.ndarray],
+  members: np.ndarray,
+  image_size: int,
+  interpolation: str,
 ) -> sources.ArraySource:
   blob, offsets = pack['blob'], pack['offsets']
   ids = [f'{file}, image {i}' for i in members]
@@ -128,7 +137,8 @@ def _decoded(
 
   def load(position: int) -> None:
     start, stop = offsets[members[position]], offsets[members[position] + 1]
-    images[position] = decode.decode(blob[start:stop].tobytes(), ids[position], image_size)
+    encoded = blob[start:stop].tobytes()
+    images[position] = decode.decode(encoded, ids[position], image_size, interpolation)
 
   sources.parallel(load, len(members))
   return sources.ArraySource(images, pack['label'][members], ids, num_classes=len(pack['classes']))

@@ -108,6 +108,7 @@ class FileSource:
     labels: int32 [n] in [0, num_classes).
     ids: the files' names in messages.
     image_size: side of the decoded images in pixels.
+    interpolation: how they are resized.
   """
 
   def __init__(
@@ -117,6 +118,7 @@ class FileSource:
     image_size: int,
     *,
     num_classes: int,
+    interpolation: str = 'bicubic',
   ) -> None:
     """Keeps the paths; opens nothing.
 
@@ -125,10 +127,12 @@ class FileSource:
       labels: integers [n] in [0, num_classes).
       image_size: side of the decoded images in pixels.
       num_classes: number of classes.
+      interpolation: a key of `decode.INTERPOLATIONS`.
 
     Raises:
       errors.UserError: for a label out of range, naming the file.
     """
+    self.interpolation = interpolation
     self.paths = [pathlib.Path(path) for path in paths]
     self.ids = [str(path) for path in self.paths]
     self.labels = _checked_labels(labels, self.ids, len(self.paths), num_classes)
@@ -158,7 +162,7 @@ class FileSource:
       encoded = self.paths[index].read_bytes()
     except OSError as error:
       raise errors.UserError(f'{self.ids[index]}: cannot be read ({error.strerror}).') from error
-    return decode.decode(encoded, self.ids[index], self.image_size)
+    return decode.decode(encoded, self.ids[index], self.image_size, self.interpolation)
 
 
 class _ConcatSource:

@@ -11,7 +11,7 @@ from jaxtyping import Float
 
 from losa_scenic.common_lib.types import Array, Batch, Config
 from losa_scenic.model_lib import vit
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 
 Images = Float[Array, 'b h w c']
 

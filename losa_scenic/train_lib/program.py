@@ -12,7 +12,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
-from losa_scenic.model_lib.presets import BackboneSpec
+from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.train_lib import augment, lr_schedules, optimizers, run_config, sharding, steps
 from losa_scenic.train_lib.state import TrainState
 
@@ -65,7 +65,8 @@ def build_program(
   learning_rate = lr_schedules.get_learning_rate_fn(config, total_steps)
   tx = optimizers.get_optimizer(config, learning_rate)
   init_rng, state_rng = jax.random.split(rng)
-  trainable, frozen = model.init_params(init_rng)
+  place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
+  trainable, frozen = model.init_params(init_rng, place)
   model_state = model.flax_model.init_model_state()
   state = TrainState.create(trainable, tx, state_rng, model_state)
   state = sharding.replicate(state, mesh)
@@ -110,8 +111,7 @@ def _check_inputs(config: Config, dataset: dataset_utils.Dataset, spec: Backbone
   inputs, wanted = tuple(dataset.meta_data['input_shape'][1:]), spec.input_shape
   if inputs != wanted:
     raise errors.UserError(
-      f'Images are {list(inputs)}, but the position embedding of backbone '
-      f"'{config.backbone}' is for {list(wanted)}."
+      f"Images are {list(inputs)}, but backbone '{config.backbone}' is for {list(wanted)}."
     )
   if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:
     raise errors.UserError(

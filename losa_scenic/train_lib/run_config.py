@@ -15,6 +15,7 @@ from losa_scenic.adapt_lib import methods
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
+from losa_scenic.model_lib import spec
 from losa_scenic.train_lib import lr_schedules, optimizers
 
 
@@ -32,6 +33,7 @@ def default_config() -> Config:
   c.dataset_name = 'digits'
   c.data_dtype_str = 'uint8'  # or 'float32': scaled to [-1, 1] on the host
   c.dataset_configs = _options(
+    interpolation=str,  # of sets of images; the backbone's if not given
     path=str,  # image_folder, image_pack
     max_gigabytes=float,  # image_pack: more memory for the decoded images is refused
     train_split=str,  # 'train' or 'trainval'
@@ -60,7 +62,11 @@ def default_config() -> Config:
   # Model.
   c.model_name = 'classification'
   c.backbone = 'vit_mi8_tin120'  # packaged name, NAME.json or .safetensors, or a preset 'S/16'
-  c.backbone_configs = _options(pool=str, image_size=int, gelu=str, class_token=bool)
+  # Fields of the backbone (`model_lib.spec`): all for a preset; for stored weights the pooling and
+  # the preprocessing; for a public checkpoint also what it does not say.
+  c.backbone_configs = _options(
+    **{field: kind for field, kind in spec.field_types().items() if field != 'name'}
+  )
   c.random_backbone = False  # allow freezing a preset's random weights
   c.method = 'losa'  # or several: 'lora+ssf'
   c.method_configs = ml_collections.ConfigDict(
@@ -191,6 +197,7 @@ def resolve(config: Config) -> Config:
     raise errors.UserError(
       f'Give lr_configs.base_learning_rate or method_learning_rates.{names[0]}.'
     )
+  config.backbone_configs = config_lib.to_dict(config.backbone_configs)
   # What belongs to other methods is not part of this run.
   config.method_configs = {name: config.method_configs.get(name) or {} for name in names}
   config.method_learning_rates = {}

@@ -14,11 +14,12 @@ from losa_scenic.adapt_lib import fold
 from losa_scenic.adapt_lib.method import combine, split_head
 from losa_scenic.common_lib import trees
 from losa_scenic.common_lib.types import Config, Params
-from losa_scenic.model_lib import checkpoints, encoder
+from losa_scenic.model_lib import encoder
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import progress
 from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
+from losa_scenic.weights_lib import backbones
 
 
 def content(
@@ -51,6 +52,12 @@ def content(
     'method': config.method,
     'backbone': config.backbone,
     'backbone_sha256': model.backbone.sha256,
+    'preprocessing': {
+      'image_size': model.backbone.spec.image_size,
+      'interpolation': meta_data.get('interpolation', ''),
+      'mean': list(model.backbone.spec.mean),
+      'std': list(model.backbone.spec.std),
+    },
     'dataset': _dataset(config),
     'metric': meta_data.get('metric', 'accuracy'),
     'num_train_examples': meta_data['num_train_examples'],
@@ -117,7 +124,7 @@ def export_backbone(
   if recipe['dataset_configs'].get('path'):
     recipe['dataset_configs']['path'] = pathlib.Path(recipe['dataset_configs']['path']).name
   recipe['export_backbone'] = pathlib.Path(config.export_backbone).name
-  if program.model.backbone.path is not None:
+  if program.model.backbone.weights is not None:
     recipe['backbone'] = pathlib.Path(config.backbone).name
   card = {
     'config': recipe,
@@ -126,7 +133,7 @@ def export_backbone(
     'seed': config.rng_seed,
     **evaluation,
   }
-  checkpoints.save(
+  backbones.save(
     pathlib.Path(config.export_backbone),
     program.model.backbone.spec,
     jax.tree.map(jax.numpy.asarray, stacked),

@@ -162,6 +162,7 @@ def test_meta_data():
     'class_names': ('a', 'b', 'c', 'd', 'e'),
     'metric': 'per_class',
     'name': 'numbers',
+    'interpolation': '',
   }
   meta = build(valid=None, dtype_str='float32').meta_data
   assert meta['input_dtype'] is jnp.float32 and meta['num_eval_examples'] == 0

@@ -14,9 +14,10 @@ import pytest
 from PIL import Image
 
 from losa_scenic.adapt_lib import methods
-from losa_scenic.model_lib import checkpoints, presets
+from losa_scenic.model_lib import presets
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.train_lib import workdir as workdir_lib
+from losa_scenic.weights_lib import backbones
 
 EVERY_SECOND = ('--config.checkpoint_steps=2', '--config.log_eval_steps=2')
 
@@ -66,7 +67,7 @@ MISTAKES = {
   ),
   'image size': (
     ['--config.dataset_configs.image_size=64'],
-    ('[64, 64, 3]', 'position embedding', 'test/8', '[32, 32, 3]'),
+    ('[64, 64, 3]', 'test/8', '[32, 32, 3]'),
   ),
   'batch size': (['--config.batch_size=15'], ('batch_size 15', 'multiple of 2 devices')),
   'eval batch size': (['--config.eval_batch_size=3'], ('eval_batch_size 3', '2 devices')),
@@ -195,7 +196,7 @@ def random_backbone(path: pathlib.Path, seed: int) -> None:
     spec=spec, method=methods.build('linear', spec), num_classes=2, dtype=jnp.float32, scan=True
   )
   params = model.init(jax.random.key(seed), jnp.zeros(model.input_shape()))['params']
-  checkpoints.save(path, spec, params['backbone'])
+  backbones.save(path, spec, params['backbone'])
 
 
 def test_another_backbone_under_the_same_name(cli, tmp_path):
