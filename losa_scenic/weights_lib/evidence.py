@@ -200,7 +200,8 @@ def _transformers(config: Mapping[str, Any]) -> Fields:
   if isinstance(config.get('vision_config'), Mapping):
     config = {'model_type': kind, **config['vision_config']}
   fields: Fields = {'rope': 'none', 'block_norm': 'pre', **defaults}
-  for theirs, ours in (('hidden_size', 'width'), ('num_hidden_layers', 'depth')):
+  names = {'hidden_size': 'width', 'num_hidden_layers': 'depth', 'num_register_tokens': 'registers'}
+  for theirs, ours in names.items():
     if theirs in config:
       fields[ours] = int(config[theirs])
   if 'num_attention_heads' in config:
