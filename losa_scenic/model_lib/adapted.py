@@ -89,6 +89,14 @@ class Adapted(nn.Module):
     """All parameters as `jax.ShapeDtypeStruct`s; nothing is allocated.
 
     Raises:
+      errors.UserError: as `variable_shapes`.
+    """
+    return self.variable_shapes()['params']
+
+  def variable_shapes(self) -> dict[str, Any]:
+    """All variables, the parameters under 'params', as `jax.ShapeDtypeStruct`s.
+
+    Raises:
       errors.UserError: if an insert of the method is never called, because another one around its
         site does not call the operation it was given, or a side network leaves the site out.
     """
@@ -109,7 +117,7 @@ class Adapted(nn.Module):
     unreached = [name for name in names if f'insert_{name}' not in called]
     if unreached:
       raise errors.UserError(f'No pass through the model reaches the inserts at {unreached}.')
-    return variables['params']
+    return variables
 
   def init_trainable(self, rng: Array) -> dict[str, Any]:
     """Fresh trainable parameters; the frozen ones are never computed."""

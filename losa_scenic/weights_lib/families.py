@@ -1,62 +1,7 @@
-"""What public checkpoints call the parameters of a ViT: one table a family.
+"""What public checkpoints call the parameters of a ViT. See `family`; JAX ones: `flax_families`."""
 
-An entry says where a parameter of ours stands in a file. Its key is a module ('norm1', with leaves
-kernel, scale and bias) or a single leaf ('cls', 'query/bias'); its values are names, of which the
-first that the file has counts. A module's name is that of its `.weight` and `.bias` (in JAX files
-`/kernel`, `/scale` and `/bias`), a leaf's name is the tensor's own. `name[i/n]` is the i-th of n
-equal parts along the first axis (a fused query, key and value); a name that starts with '/' belongs
-to no layer and is shared by all of them.
-"""
-
-import dataclasses
-from collections.abc import Mapping
-
-Table = Mapping[str, tuple[str, ...]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-  """A way of naming.
-
-  Attributes:
-    name: for people.
-    anchor: a tensor that every file of the family has; what stands before it is the file's prefix.
-    layer: prefix of a layer's names, with {i}, or without where layers are stacked on axis 0.
-    model: the table of what there is once.
-    block: the table of what each layer has.
-    left_out: patterns of tensors that are no part of the encoder: classifier, decoder, text tower.
-    pooled_norms: names of final norms that stand after the pooling.
-    masked: leaf -> tensor whose presence says that the leaf does not count.
-    packed: entries for a gated MLP whose `fc1` holds the gate as well.
-    resize: how the family resamples position embeddings; see `resize.METHODS`.
-    jax: kernels are stored [in, out], heads on an axis of their own.
-  """
-
-  name: str
-  anchor: str
-  layer: str
-  model: Table
-  block: Table
-  left_out: tuple[str, ...] = ()
-  pooled_norms: tuple[str, ...] = ()
-  masked: Mapping[str, str] = dataclasses.field(default_factory=dict)
-  packed: Table = dataclasses.field(default_factory=dict)
-  jax: bool = False
-  resize: str = 'bicubic'
-
-  @property
-  def stacked(self) -> bool:
-    """Whether a file's tensors hold all layers."""
-    return '{i}' not in self.layer
-
-
-def _one(**names: str) -> dict[str, tuple[str, ...]]:
-  return {ours: (theirs,) for ours, theirs in names.items()}
-
-
-def _fused(name: str) -> dict[str, tuple[str, ...]]:
-  return {ours: (f'{name}[{i}/3]',) for i, ours in enumerate(('query', 'key', 'value'))}
-
+from losa_scenic.weights_lib.family import Family, fused, one
+from losa_scenic.weights_lib.flax_families import BIG_VISION, BIG_VISION_SCAN, PRE_LINEN
 
 # Everything beside the vision tower in files of image-text models, and heads of other tasks.
 _OTHER_TOWERS = (
@@ -88,11 +33,11 @@ TIMM = Family(
   anchor='blocks.0.norm1.weight',
   layer='blocks.{i}.',
   model={
-    **_one(**{'patch/proj': 'patch_embed.proj', 'patch_norm': 'patch_embed.norm'}),
-    **_one(cls='cls_token', pos_embedding='pos_embed', pre_norm='norm_pre'),
+    **one(**{'patch/proj': 'patch_embed.proj', 'patch_norm': 'patch_embed.norm'}),
+    **one(cls='cls_token', pos_embedding='pos_embed', pre_norm='norm_pre'),
     'registers': ('reg_token', 'register_tokens', 'storage_tokens', 'dist_token'),
     'norm': ('norm', 'fc_norm'),
-    **_one(
+    **one(
       **{
         'map_head/probe': 'attn_pool.latent',
         'map_head/query': 'attn_pool.q',
@@ -106,7 +51,7 @@ TIMM = Family(
     ),
   },
   block={
-    **_one(norm1='norm1', norm2='norm2', out='attn.proj'),
+    **one(norm1='norm1', norm2='norm2', out='attn.proj'),
     'query': ('attn.qkv[0/3]', 'attn.q_proj'),
     'key': ('attn.qkv[1/3]', 'attn.k_proj'),
     'value': ('attn.qkv[2/3]', 'attn.v_proj'),
@@ -141,21 +86,21 @@ TRANSFORMERS = Family(
   anchor='encoder.layer.0.layernorm_before.weight',
   layer='encoder.layer.{i}.',
   model={
-    **_one(cls='embeddings.cls_token', pos_embedding='embeddings.position_embeddings'),
-    **_one(**{'patch/proj': 'embeddings.patch_embeddings.projection'}),
+    **one(cls='embeddings.cls_token', pos_embedding='embeddings.position_embeddings'),
+    **one(**{'patch/proj': 'embeddings.patch_embeddings.projection'}),
     'registers': ('embeddings.register_tokens', 'embeddings.distillation_token'),
     'norm': ('layernorm', 'pooler.layernorm'),
   },
   block={
-    **_one(norm1='layernorm_before', norm2='layernorm_after'),
+    **one(norm1='layernorm_before', norm2='layernorm_after'),
     'query': ('attention.attention.query', 'attention.q_proj'),
     'key': ('attention.attention.key', 'attention.k_proj'),
     'value': ('attention.attention.value', 'attention.v_proj'),
     'out': ('attention.output.dense', 'attention.projection_layer'),
     'fc1': ('intermediate.dense', 'mlp.fc1'),
     'fc2': ('output.dense', 'mlp.fc2'),
-    **_one(query_norm='attention.q_norm', key_norm='attention.k_norm'),
-    **_one(attn_scale='lambda_1', mlp_scale='lambda_2'),
+    **one(query_norm='attention.q_norm', key_norm='attention.k_norm'),
+    **one(attn_scale='lambda_1', mlp_scale='lambda_2'),
     'relative_bias': (
       'attention.attention.relative_position_bias.relative_position_bias_table',
       '/encoder.relative_position_bias.relative_position_bias_table',
@@ -174,12 +119,12 @@ DINOV2_TRANSFORMERS = Family(
   layer='encoder.layer.{i}.',
   model=TRANSFORMERS.model,
   block={
-    **_one(norm1='norm1', norm2='norm2', out='attention.output.dense'),
-    **_one(query='attention.attention.query', key='attention.attention.key'),
-    **_one(value='attention.attention.value', gate='mlp.weights_in[0/2]'),
+    **one(norm1='norm1', norm2='norm2', out='attention.output.dense'),
+    **one(query='attention.attention.query', key='attention.attention.key'),
+    **one(value='attention.attention.value', gate='mlp.weights_in[0/2]'),
     'fc1': ('mlp.weights_in[1/2]', 'mlp.fc1'),
     'fc2': ('mlp.weights_out', 'mlp.fc2'),
-    **_one(attn_scale='layer_scale1.lambda1', mlp_scale='layer_scale2.lambda1'),
+    **one(attn_scale='layer_scale1.lambda1', mlp_scale='layer_scale2.lambda1'),
   },
   left_out=('embeddings.mask_token', *_OTHER_TOWERS),
 )
@@ -189,10 +134,10 @@ CLIP_TRANSFORMERS = Family(
   anchor='encoder.layers.0.layer_norm1.weight',
   layer='encoder.layers.{i}.',
   model={
-    **_one(cls='embeddings.class_embedding', pos_embedding='embeddings.position_embedding.weight'),
-    **_one(**{'patch/proj': 'embeddings.patch_embedding'}),
-    **_one(pre_norm='pre_layrnorm', norm='post_layernorm'),
-    **_one(
+    **one(cls='embeddings.class_embedding', pos_embedding='embeddings.position_embedding.weight'),
+    **one(**{'patch/proj': 'embeddings.patch_embedding'}),
+    **one(pre_norm='pre_layrnorm', norm='post_layernorm'),
+    **one(
       **{
         'map_head/probe': 'head.probe',
         'map_head/out': 'head.attention.out_proj',
@@ -208,9 +153,9 @@ CLIP_TRANSFORMERS = Family(
     },
   },
   block={
-    **_one(norm1='layer_norm1', norm2='layer_norm2', fc1='mlp.fc1', fc2='mlp.fc2'),
-    **_one(query='self_attn.q_proj', key='self_attn.k_proj', value='self_attn.v_proj'),
-    **_one(out='self_attn.out_proj'),
+    **one(norm1='layer_norm1', norm2='layer_norm2', fc1='mlp.fc1', fc2='mlp.fc2'),
+    **one(query='self_attn.q_proj', key='self_attn.k_proj', value='self_attn.v_proj'),
+    **one(out='self_attn.out_proj'),
   },
   left_out=(*_OTHER_TOWERS, *_BUFFERS),
 )
@@ -220,14 +165,14 @@ DINOV3_TRANSFORMERS = Family(
   anchor='layer.0.norm1.weight',
   layer='layer.{i}.',
   model={
-    **_one(cls='embeddings.cls_token', registers='embeddings.register_tokens', norm='norm'),
-    **_one(**{'patch/proj': 'embeddings.patch_embeddings'}),
+    **one(cls='embeddings.cls_token', registers='embeddings.register_tokens', norm='norm'),
+    **one(**{'patch/proj': 'embeddings.patch_embeddings'}),
   },
   block={
-    **_one(norm1='norm1', norm2='norm2', query='attention.q_proj', key='attention.k_proj'),
-    **_one(value='attention.v_proj', out='attention.o_proj', gate='mlp.gate_proj'),
-    **_one(fc1='mlp.up_proj', fc2='mlp.down_proj'),
-    **_one(attn_scale='layer_scale1.lambda1', mlp_scale='layer_scale2.lambda1'),
+    **one(norm1='norm1', norm2='norm2', query='attention.q_proj', key='attention.k_proj'),
+    **one(value='attention.v_proj', out='attention.o_proj', gate='mlp.gate_proj'),
+    **one(fc1='mlp.up_proj', fc2='mlp.down_proj'),
+    **one(attn_scale='layer_scale1.lambda1', mlp_scale='layer_scale2.lambda1'),
   },
   left_out=('embeddings.mask_token', *_OTHER_TOWERS),
 )
@@ -237,13 +182,13 @@ AIMV2_TRANSFORMERS = Family(
   anchor='encoder.layers.0.rms_norm1.weight',
   layer='encoder.layers.{i}.',
   model={
-    **_one(pos_embedding='embeddings.position_embedding.weight', norm='rms_norm'),
-    **_one(**{'patch/proj': 'embeddings.patch_embed', 'patch_norm': 'embeddings.rms_norm'}),
+    **one(pos_embedding='embeddings.position_embedding.weight', norm='rms_norm'),
+    **one(**{'patch/proj': 'embeddings.patch_embed', 'patch_norm': 'embeddings.rms_norm'}),
   },
   block={
-    **_one(norm1='rms_norm1', norm2='rms_norm2', query='attention.q_proj', key='attention.k_proj'),
-    **_one(value='attention.v_proj', out='attention.out_proj', gate='ffn.gate_proj'),
-    **_one(fc1='ffn.up_proj', fc2='ffn.down_proj'),
+    **one(norm1='rms_norm1', norm2='rms_norm2', query='attention.q_proj', key='attention.k_proj'),
+    **one(value='attention.v_proj', out='attention.out_proj', gate='ffn.gate_proj'),
+    **one(fc1='ffn.up_proj', fc2='ffn.down_proj'),
   },
   left_out=('head.*', *_OTHER_TOWERS, *_BUFFERS),
 )
@@ -253,14 +198,14 @@ AIMV2 = Family(
   anchor='trunk.blocks.0.norm_1.weight',
   layer='trunk.blocks.{i}.',
   model={
-    **_one(pos_embedding='preprocessor.pos_embed', norm='trunk.post_trunk_norm'),
-    **_one(**{'patch/proj': 'preprocessor.patchifier.proj'}),
-    **_one(patch_norm='preprocessor.patchifier.norm'),
+    **one(pos_embedding='preprocessor.pos_embed', norm='trunk.post_trunk_norm'),
+    **one(**{'patch/proj': 'preprocessor.patchifier.proj'}),
+    **one(patch_norm='preprocessor.patchifier.norm'),
   },
   block={
-    **_one(norm1='norm_1', norm2='norm_2', out='attn.proj', gate='mlp.fc1', fc1='mlp.fc3'),
-    **_one(fc2='mlp.fc2'),
-    **_fused('attn.qkv'),
+    **one(norm1='norm_1', norm2='norm_2', out='attn.proj', gate='mlp.fc1', fc1='mlp.fc3'),
+    **one(fc2='mlp.fc2'),
+    **fused('attn.qkv'),
   },
   left_out=('head.*', *_OTHER_TOWERS),
 )
@@ -270,13 +215,13 @@ INTERNVIT = Family(
   anchor='encoder.layers.0.attn.qkv.weight',
   layer='encoder.layers.{i}.',
   model={
-    **_one(cls='embeddings.class_embedding', pos_embedding='embeddings.position_embedding'),
-    **_one(**{'patch/proj': 'embeddings.patch_embedding'}),
+    **one(cls='embeddings.class_embedding', pos_embedding='embeddings.position_embedding'),
+    **one(**{'patch/proj': 'embeddings.patch_embedding'}),
   },
   block={
-    **_one(norm1='norm1', norm2='norm2', out='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2'),
-    **_one(query_norm='attn.q_norm', key_norm='attn.k_norm', attn_scale='ls1', mlp_scale='ls2'),
-    **_fused('attn.qkv'),
+    **one(norm1='norm1', norm2='norm2', out='attn.proj', fc1='mlp.fc1', fc2='mlp.fc2'),
+    **one(query_norm='attn.q_norm', key_norm='attn.k_norm', attn_scale='ls1', mlp_scale='ls2'),
+    **fused('attn.qkv'),
   },
   left_out=_OTHER_TOWERS,
 )
@@ -286,12 +231,12 @@ OPEN_CLIP = Family(
   anchor='transformer.resblocks.0.ln_1.weight',
   layer='transformer.resblocks.{i}.',
   model={
-    **_one(cls='class_embedding', pos_embedding='positional_embedding'),
-    **_one(**{'patch/proj': 'conv1'}, pre_norm='ln_pre', norm='ln_post'),
+    **one(cls='class_embedding', pos_embedding='positional_embedding'),
+    **one(**{'patch/proj': 'conv1'}, pre_norm='ln_pre', norm='ln_post'),
   },
   block={
-    **_one(norm1='ln_1', norm2='ln_2', out='attn.out_proj', fc1='mlp.c_fc', fc2='mlp.c_proj'),
-    **_one(attn_scale='ls_1.gamma', mlp_scale='ls_2.gamma'),
+    **one(norm1='ln_1', norm2='ln_2', out='attn.out_proj', fc1='mlp.c_fc', fc2='mlp.c_proj'),
+    **one(attn_scale='ls_1.gamma', mlp_scale='ls_2.gamma'),
     **{
       f'{ours}/{leaf}': (f'attn.in_proj_{theirs}[{i}/3]',)
       for i, ours in enumerate(('query', 'key', 'value'))
@@ -303,61 +248,6 @@ OPEN_CLIP = Family(
     *('attn_mask', *_OTHER_TOWERS),
   ),
   resize='bicubic_antialias',
-)
-
-
-def _flax(attention: str, norms: tuple[str, str], mlp: str) -> dict[str, tuple[str, ...]]:
-  names = {ours: f'{attention}/{ours}' for ours in ('query', 'key', 'value', 'out')}
-  names |= {'norm1': norms[0], 'norm2': norms[1], 'fc1': f'{mlp}/Dense_0', 'fc2': f'{mlp}/Dense_1'}
-  return _one(**names)
-
-
-_MAP_HEAD = {
-  f'map_head/{ours}': f'MAPHead_0/{theirs}'
-  for ours, theirs in {
-    'probe': 'probe',
-    **{n: f'MultiHeadDotProductAttention_0/{n}' for n in ('query', 'key', 'value', 'out')},
-    'norm': 'LayerNorm_0',
-    'fc1': 'MlpBlock_0/Dense_0',
-    'fc2': 'MlpBlock_0/Dense_1',
-  }.items()
-}
-
-# vision_transformer's first checkpoints, AugReg among them: names of flax before Linen.
-PRE_LINEN = Family(
-  name='vision_transformer',
-  anchor='Transformer/encoderblock_0/LayerNorm_2/scale',
-  layer='Transformer/encoderblock_{i}/',
-  model={
-    **_one(**{'patch/proj': 'embedding', 'norm': 'Transformer/encoder_norm', 'cls': 'cls'}),
-    'pos_embedding': ('Transformer/posembed_input/pos_embedding',),
-  },
-  block=_flax('MultiHeadDotProductAttention_1', ('LayerNorm_0', 'LayerNorm_2'), 'MlpBlock_3'),
-  left_out=('head/*', 'pre_logits/*'),
-  jax=True,
-  resize='zoom_linear',
-)
-
-BIG_VISION = Family(
-  name='big_vision, Scenic',
-  anchor='Transformer/encoderblock_0/LayerNorm_1/scale',
-  layer='Transformer/encoderblock_{i}/',
-  model={
-    **PRE_LINEN.model,
-    'pos_embedding': ('pos_embedding', 'Transformer/posembed_input/pos_embedding'),
-    **_one(**_MAP_HEAD),
-  },
-  block=_flax('MultiHeadDotProductAttention_0', ('LayerNorm_0', 'LayerNorm_1'), 'MlpBlock_0'),
-  left_out=('head/*', 'pre_logits/*', 'output_projection/*', 't', 'b', 'txt/*'),
-  jax=True,
-  resize='zoom_linear',
-)
-
-BIG_VISION_SCAN = dataclasses.replace(
-  BIG_VISION,
-  name='big_vision, scanned layers',
-  anchor='Transformer/encoderblock/LayerNorm_1/scale',
-  layer='Transformer/encoderblock/',
 )
 
 FAMILIES = (

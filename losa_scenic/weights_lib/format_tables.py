@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.weights_lib import families
+from losa_scenic.weights_lib import families, flax_families
+from losa_scenic.weights_lib.family import Family
 from losa_scenic.weights_lib.formats import ANY, Format, Names
 
 
@@ -163,7 +164,7 @@ def _internvl_also(spec: BackboneSpec) -> str:
 
 
 def _transformers(
-  kind: str, family: families.Family, title: str, holds: Mapping[str, Any], **more: Any
+  kind: str, family: Family, title: str, holds: Mapping[str, Any], **more: Any
 ) -> Format:
   return Format(f'transformers:{kind}', family, holds, title=title, **more)
 
@@ -257,7 +258,7 @@ _OPEN_CLIP = Format(
 )
 _BIG_VISION = Format(
   'big_vision',
-  families.BIG_VISION,
+  flax_families.BIG_VISION,
   {'class_token': ANY, 'qkv_bias': ('qkv',), 'pool': ('cls', 'gap', 'map')}
   | {'activation': ('gelu_tanh',), 'norm_eps': (1e-6,)},
   title='vit',

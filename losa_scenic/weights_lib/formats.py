@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.weights_lib import families, mapping
+from losa_scenic.weights_lib import mapping
+from losa_scenic.weights_lib.family import Family
 from losa_scenic.weights_lib.spelling import Place, Spelling, layer_of
 
 Names = Mapping[str, str | None]
@@ -66,7 +67,7 @@ class Format:
   """
 
   name: str
-  family: families.Family
+  family: Family
   holds: Mapping[str, tuple[Any, ...] | None] = dataclasses.field(default_factory=dict)
   names: Callable[[BackboneSpec], Names] = _first_names
   also: Callable[[BackboneSpec], str] = _nothing

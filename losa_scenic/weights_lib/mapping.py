@@ -10,7 +10,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.weights_lib.families import FAMILIES, Family
+from losa_scenic.weights_lib.families import FAMILIES
+from losa_scenic.weights_lib.family import Family
 from losa_scenic.weights_lib.tensors import BFLOAT16, Tensor
 
 Shape = tuple[int, ...]

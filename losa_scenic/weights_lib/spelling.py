@@ -15,7 +15,8 @@ import numpy as np
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.weights_lib.checkpoint import Checkpoint
-from losa_scenic.weights_lib.families import FAMILIES, Family
+from losa_scenic.weights_lib.families import FAMILIES
+from losa_scenic.weights_lib.family import Family
 
 _LAYER = re.compile(r'encoder/layers_(\d+)/block/(.*)')
 _BLOCK = 'encoder/layers_{i}/block/'
