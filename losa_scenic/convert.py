@@ -48,7 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     'safetensors, npz (FILE.npz:img for a part), PyTorch zip files, Flax msgpack, an index of '
     'several, a folder as a hub has it, or a backbone of ours'
   ))  # fmt: skip
-  add('--to', metavar='DIR', help='where to write; without it nothing is written')
+  add('--to', metavar='DIR', help=(
+    'where to write, a folder without other weights; without it nothing is written'
+  ))  # fmt: skip
   add('--format', default=OURS, choices=(OURS, *export.names()), help='what to write (%(default)s)')
   add('--family', default='auto', choices=('auto', *families.names()), help=(
     'which names the file has, if several would do (%(default)s: found out)'
@@ -69,6 +71,8 @@ def run(args: argparse.Namespace) -> None:
     errors.UserError: for a source that cannot be read, or a target that cannot be written.
   """
   given = _fields(args.set)
+  if args.to:  # Before anything is read: that takes a while.
+    export.check_free(args.to, backbones.IN_FOLDER if args.format == OURS else None)
   own = backbones.own_description(args.source)
   if own is not None:
     if given or args.prefix or args.family != 'auto':
@@ -80,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
   else:
     weights = public = checkpoint.open_checkpoint(args.source, given, args.prefix, args.family)
     print(_table(public.spec, public.described.origins, _source_rows(public)))
-    card = _card(public)
+    card = _card(public) if args.to else {}  # It takes a pass over the whole file.
   if args.to:
     _write(pathlib.Path(args.to), weights, args.format, args.dtype, card)
 
@@ -101,7 +105,7 @@ def _fields(settings: Sequence[str]) -> dict[str, Any]:
 
 _READERS: dict[type, Callable[[str], Any]] = {
   bool: lambda text: {'true': True, 'false': False}[text.lower()],
-  tuple: lambda text: tuple(float(part) for part in text.strip('()').split(',')),
+  tuple: lambda text: tuple(float(part) for part in text.strip('()[]').split(',')),
 }
 
 

@@ -1,6 +1,8 @@
 """`python -m losa_scenic.convert`, as a user calls it."""
 
+import errno
 import json
+import os
 import pathlib
 import pickle
 import re
@@ -92,6 +94,65 @@ def test_without_a_target_nothing_is_written(capsys, tmp_path):
   assert sorted(tmp_path.rglob('*')) == before
 
 
+def test_only_looking_does_not_hash_the_file(capsys, monkeypatch):
+  monkeypatch.setattr(sources.Source, 'sha256', lambda self: pytest.fail('reads the whole file'))
+  assert facts(run(capsys, f'--from={GOLDEN / "hf_vit"}'))['family']
+
+
+@pytest.mark.parametrize('format_', ['losa_scenic', 'timm', 'original'])
+def test_an_original_is_never_written_over(format_, capsys, tmp_path):
+  folder = tmp_path / 'source'
+  shutil.copytree(GOLDEN / 'hf_vit', folder)
+  before = {path.name: path.read_bytes() for path in folder.iterdir()}
+  error = refusal(capsys, f'--from={folder}', f'--to={folder}', f'--format={format_}')
+  assert f'{folder} holds config.json, ' in error and 'Choose another folder' in error
+  assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_other_files_in_the_folder_do_not_matter(capsys, tmp_path):
+  (tmp_path / 'README.md').write_text('mine')
+  run(capsys, f'--from={GOLDEN / "timm_deit"}', f'--to={tmp_path}', '--format=timm')
+  assert {p.name for p in tmp_path.iterdir()} == {'README.md', 'config.json', 'model.safetensors'}
+
+
+def test_a_file_is_no_folder(capsys, tmp_path):
+  (tmp_path / 'there').write_text('mine')
+  error = refusal(capsys, f'--from={GOLDEN / "timm_deit"}', f'--to={tmp_path / "there"}')
+  assert 'there: Not a directory' in error
+
+
+def test_weights_do_not_appear_without_their_config(capsys, tmp_path, monkeypatch):
+  moved, replace = [], os.replace
+
+  def fails_at_the_weights(source, target):
+    moved.append(pathlib.Path(target).name)
+    if moved[-1] == 'model.safetensors':
+      raise OSError(errno.EIO, 'Input/output error')
+    replace(source, target)
+
+  monkeypatch.setattr(os, 'replace', fails_at_the_weights)
+  source = GOLDEN / 'hf_vit'
+  error = refusal(capsys, f'--from={source}', f'--to={tmp_path}', '--format=transformers')
+  assert 'Input/output error' in error and list(tmp_path.iterdir()) == []
+  assert moved == ['config.json', 'preprocessor_config.json', 'model.safetensors']
+
+
+def test_a_backbone_of_ours_may_be_replaced_but_only_by_another_one(capsys, tmp_path):
+  folder = tmp_path / 'mine'
+  run(capsys, f'--from={GOLDEN / "hf_vit"}', f'--to={folder}')
+  run(capsys, f'--from={GOLDEN / "timm_deit"}', f'--to={folder}')
+  description = json.loads((folder / 'backbone.json').read_text())
+  assert description['card']['source'] == 'timm_deit'
+  error = refusal(capsys, f'--from={GOLDEN / "hf_vit"}', f'--to={folder}', '--format=timm')
+  assert 'holds backbone.safetensors already' in error
+  (folder / 'backbone.json').write_text('{"somebody": "else"}')
+  error = refusal(capsys, f'--from={GOLDEN / "hf_vit"}', f'--to={folder}')
+  assert 'is not a backbone description' in error
+  (folder / 'backbone.json').unlink()
+  error = refusal(capsys, f'--from={GOLDEN / "hf_vit"}', f'--to={folder}')
+  assert 'holds backbone.safetensors already' in error
+
+
 def test_what_is_no_vit_is_said(capsys, tmp_path):
   resnet = {'conv1.weight': np.ones((8, 3, 7, 7), np.float32), 'bn1.weight': np.ones(8, np.float32)}
   safetensors_numpy.save_file(resnet, tmp_path / 'resnet.safetensors')
@@ -126,7 +187,7 @@ def test_a_pickle_that_would_run_code_is_refused_and_does_not_run(capsys, tmp_pa
     (['--set', 'heads'], '--set heads: write FIELD=VALUE.'),
     (['--set', 'heads=two'], '--set heads=two: heads is of type int.'),
     (['--set', 'gated=perhaps'], 'gated is of type bool'),
-    (['--set', 'width=8'], 'width=8 (given) contradicts the shapes'),
+    (['--set', 'width=8'], 'width=8 contradicts config.json'),
     (['--prefix', 'visual.'], "under the prefix 'visual.'"),
   ],
 )

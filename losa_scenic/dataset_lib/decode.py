@@ -18,14 +18,12 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from losa_scenic.common_lib import errors
+from losa_scenic.model_lib.spec import CHOICES
 
 FORMATS = ('JPEG', 'PNG', 'WEBP')
 # A small file may claim a huge image: above this number of pixels it is refused before decoding.
 MAX_PIXELS = 80_000_000
-INTERPOLATIONS = {
-  name: Image.Resampling[name.upper()]
-  for name in ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming')
-}
+INTERPOLATIONS = {name: Image.Resampling[name.upper()] for name in CHOICES['interpolation']}
 
 
 def decode(

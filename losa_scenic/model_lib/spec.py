@@ -17,6 +17,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
   'rope': ('none', 'eva', 'dinov3'),
   'qkv_bias': ('qkv', 'qv', 'none'),
   'qk_norm': ('none', 'head', 'width'),
+  'interpolation': ('nearest', 'bilinear', 'bicubic', 'lanczos', 'box', 'hamming'),
 }
 _AT_LEAST_ONE = ('width', 'depth', 'mlp', 'heads', 'patch', 'image_size', 'tubelet')
 
@@ -138,6 +139,10 @@ class BackboneSpec:
     if self.rope != 'none' and (self.width // self.heads) % 4:
       raise errors.UserError(
         f'Rotary positions need heads of a multiple of 4 channels, not {self.width // self.heads}.'
+      )
+    if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
+      raise errors.UserError(
+        f'Backbone mean and std must be three numbers each, std above 0: {self.mean}, {self.std}.'
       )
     if self.frames and (self.rope != 'none' or self.relative_positions):
       raise errors.UserError('Rotary and relative positions are for images, not for clips.')

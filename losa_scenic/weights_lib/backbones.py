@@ -1,6 +1,7 @@
 """Backbones as a config names them: packaged, converted, public checkpoints, or presets."""
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -54,10 +55,15 @@ class Backbone:
   Attributes:
     spec: its geometry, with what the config changes.
     weights: where its weights are, or None if it is a preset and they are random.
+    family: of a public checkpoint, converted or not: what its names are like; else ''.
+    facts: of such a one: field of the spec -> where it is from, as in `geometry.Described.origins`;
+      what the config changes is 'given'.
   """
 
   spec: BackboneSpec
   weights: Weights | None = None
+  family: str = dataclasses.field(default='', compare=False)
+  facts: Mapping[str, str] = dataclasses.field(default_factory=dict, compare=False)
 
   @property
   def sha256(self) -> str | None:
@@ -65,8 +71,37 @@ class Backbone:
     return None if self.weights is None else self.weights.sha256
 
   def identity(self) -> dict[str, Any]:
-    """What a checkpoint of adapted parameters says about the backbone it belongs to."""
-    return {'spec': self.spec.to_json(), 'sha256': self.sha256}
+    """What a checkpoint of adapted parameters says about the backbone it belongs to.
+
+    Not its name: a folder that was renamed holds the same backbone.
+    """
+    spec = {field: value for field, value in self.spec.to_json().items() if field != 'name'}
+    return {'spec': spec, 'sha256': self.sha256}
+
+  def released(self) -> 'Backbone':
+    """The same without its file, which may be in memory: everything but reading is possible.
+
+    Of a public checkpoint, its hash is computed first: a pass over its files.
+    """
+    if self.weights is None:
+      return self
+    weights = _Released(self.weights.spec, self.weights.shapes, self.weights.sha256)
+    return dataclasses.replace(self, weights=weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Released:
+  """What remains of `Weights` that are no longer needed."""
+
+  spec: BackboneSpec
+  shapes: Mapping[str, tuple[int, ...]]
+  sha256: str
+
+  def read(self, path: str) -> np.ndarray:
+    raise ValueError(f'{path} cannot be read: the weights were released.')
+
+  def verify(self) -> None:
+    pass
 
 
 def packaged() -> list[str]:
@@ -99,15 +134,40 @@ def find(name: str, changes: Mapping[str, Any] | None = None) -> Backbone:
           f'{", ".join(CHANGEABLE)} can.'
         )
   elif _is_file(name):
-    given = {f: v for f, v in changes.items() if f not in ('pool', 'image_size')}
+    given = {field: value for field, value in changes.items() if field != 'image_size'}
     weights = checkpoint.open_checkpoint(name, given)
   else:
-    if name not in presets.names() and '/' not in name:
-      raise errors.unknown('backbone', name, packaged() + presets.names())
+    _check_preset(name)
     return Backbone(presets.preset(name, **changes))
   if changes.get('pool') == 'map' and 'map_head/probe' not in weights.shapes:
     raise errors.UserError(f"Backbone '{name}' has no MAP head: its pooling cannot become 'map'.")
-  return Backbone(dataclasses.replace(weights.spec, **changes), weights)
+  family, facts = _facts(weights)
+  given = dict.fromkeys(changes, 'given') if facts else {}
+  spec = dataclasses.replace(weights.spec, **changes)
+  return Backbone(spec, weights, family, {**facts, **given})
+
+
+def _facts(weights: Weights) -> tuple[str, Mapping[str, str]]:
+  """Family and origins of the fields; of a converted backbone, what its card remembers of them."""
+  if isinstance(weights, checkpoint.Checkpoint):
+    return weights.layout.family.name, weights.described.origins
+  card = weights.description.get('card') if isinstance(weights, stored.Stored) else None
+  card = card if isinstance(card, Mapping) else {}
+  facts = card.get('facts')
+  return str(card.get('family', '')), facts if isinstance(facts, Mapping) else {}
+
+
+def _check_preset(name: str) -> None:
+  """Raises `UserError` if there is no such preset, with what may have been meant."""
+  if '/' not in name and name not in presets.names():
+    raise errors.unknown('backbone', name, packaged() + presets.names())
+  try:
+    presets.preset(name)
+  except errors.UserError as e:
+    raise errors.UserError(
+      f'{e} There is no file or folder {name} here either: checkpoints of a hub must be downloaded '
+      'first, and their folder named.'
+    ) from None
 
 
 def _as_field(value: Any) -> Any:
@@ -117,7 +177,7 @@ def _as_field(value: Any) -> Any:
 def _is_file(name: str) -> bool:
   """Whether a name is a file or folder, or 'FILE:PART', or looks like nothing else."""
   path = pathlib.Path(name)
-  looks = name.endswith(('.json', '.safetensors', '.npz', '.pth', '.pt', '.bin'))
+  looks = name.endswith(('.json', '.safetensors', '.npz', '.pth', '.pt', '.bin', '.msgpack'))
   return path.exists() or pathlib.Path(name.rpartition(':')[0] or '/nowhere').is_file() or looks
 
 
@@ -131,9 +191,18 @@ def own_description(name: str) -> pathlib.Path | None:
   if name.endswith('.json') and not name.endswith('.index.json'):
     return path
   beside = path.with_suffix('.json')
-  if name.endswith('.safetensors') and (beside.exists() or not path.exists()):
+  if name.endswith('.safetensors') and (_is_description(beside) or not path.exists()):
     return beside
   return None
+
+
+def _is_description(path: pathlib.Path) -> bool:
+  """Whether a file is a description of ours. Others have a JSON of that name for other ends."""
+  try:
+    content = json.loads(path.read_text())
+  except (OSError, ValueError):
+    return False
+  return isinstance(content, dict) and 'format_version' in content
 
 
 def load(
@@ -143,10 +212,11 @@ def load(
   dtype: Callable[[str], Any] | None = None,
   place: Callable[[np.ndarray], jax.Array] = jax.device_put,
 ) -> dict[str, Any]:
-  """Reads stored weights, one parameter of one layer at a time, onto the devices.
+  """Reads stored weights, one parameter after the other, onto the devices.
 
-  At no time does host memory hold more than one parameter beside what was placed. On a CPU, weights
-  in our format that need no cast are not copied at all: they are used where the file is mapped.
+  Beside what was placed, host memory holds one parameter: of all layers if they are stacked. But
+  .msgpack files are in memory as a whole from when they are opened. On a CPU, weights in our format
+  that need no cast are not copied at all: they are used where the file is mapped.
 
   Args:
     backbone: one with weights.

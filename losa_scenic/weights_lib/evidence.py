@@ -4,11 +4,12 @@ Number of heads, activation, epsilon of the norms, kind of rotary positions, poo
 input normalisation do not show in a checkpoint's shapes. Hubs put them into JSON files.
 """
 
-import re
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from losa_scenic.common_lib import errors
+from losa_scenic.weights_lib import timm_architectures
 
 Fields = dict[str, Any]
 
@@ -40,105 +41,86 @@ _DEFAULTS: dict[str, Fields] = {
   'internvl': {'activation': 'gelu_erf', 'norm_eps': 1e-6},
   **{key: {'activation': 'gelu_erf', 'norm_eps': 1e-12} for key in ('vit', 'deit', 'beit')},
 }
-_TIMM_POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map', '': 'cls'}
+_TIMM_POOLS = {'token': 'cls', 'avg': 'gap', 'map': 'map'}
+_OPEN_CLIP_POOLS = {'tok': 'cls', 'avg': 'gap'}
 # Pillow's filters by their numbers.
 _RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box', 5: 'hamming'}
 
-# timm's architectures by name: all rows that match hold, the later ones before the earlier ones.
-_TIMM: tuple[tuple[str, Fields], ...] = (
-  ('', {'activation': 'gelu_erf', 'norm_eps': 1e-6, 'rope': 'none', 'block_norm': 'pre'}),
-  ('_tiny_', {'heads': 3}),
-  ('_small_', {'heads': 6}),
-  ('_base_', {'heads': 12}),
-  ('_large_', {'heads': 16}),
-  ('^aimv2_large', {'heads': 8}),
-  ('^vit_.*_clip_', {'norm_eps': 1e-5}),
-  ('^beit3_', {'norm_eps': 1e-5}),
-  ('quickgelu', {'activation': 'quick_gelu'}),
-  (
-    'siglip.*_512|patch32_siglip|so400m_patch16_siglip|giantopt_patch16_siglip',
-    {'activation': 'gelu_tanh'},
-  ),
-  ('^aimv2_', {'activation': 'silu', 'norm_eps': 1e-5}),
-  ('giant_patch14.*(dinov2|tips)', {'activation': 'silu'}),
-  (
-    '^eva02_(tiny|small|base|large)|_rope_reg',
-    {'rope': 'eva', 'rope_theta': 1e4, 'rope_grid': 16},
-  ),
-  ('^eva02_(tiny|small|base|large)', {'activation': 'silu'}),
-  ('^eva02_enormous', {'block_norm': 'post'}),
-  ('dinov3|lingbot', {'rope': 'dinov3', 'rope_theta': 100.0, 'norm_eps': 1e-5}),
-  ('_plus_.*dinov3|7b.*dinov3|giant.*lingbot', {'activation': 'silu'}),
-)
-_TIMM_UNKNOWN = re.compile('_pe_|_rpn_|_18x2_|_xp_|pwee_|_rope_(mixed|ape|224)|naflex')
-
-# Widths of published models whose heads have 64 channels, from vit_pwee to DINOv2's giant.
-_WIDTHS_OF_64 = (192, 256, 320, 384, 512, 576, 640, 768, 832, 896, 1024, 1280, 1536)
-# (width, depth, hidden channels of the MLP) -> heads, where a head has not 64 channels.
-_HEADS = {
-  (1280, 32, 5120): 16,
-  (1408, 40, 6144): 16,
-  (1664, 48, 8192): 16,
-  (1792, 56, 15360): 16,
-  (1792, 64, 15360): 16,
-  (1152, 27, 4304): 16,
-  (1536, 40, 6144): 16,
-  (1536, 48, 6144): 16,
-  (1024, 24, 2816): 8,
-  (1536, 24, 4096): 12,
-  (2048, 24, 5632): 16,
-  (3072, 24, 8192): 24,
-  (3200, 45, 12800): 25,
-  (3200, 48, 12800): 25,
-  (4096, 40, 8192): 32,
+# Family of names -> how the model types of its config.json begin; timm's have an 'architecture'.
+_KINDS: dict[str, tuple[str, ...]] = {
+  'timm': (),
+  'transformers': ('vit', 'deit', 'beit', 'internvl', 'ijepa', 'data2vec-vision'),
+  'transformers (DINOv2)': ('dinov2',),
+  'transformers (CLIP, SigLIP)': ('clip', 'siglip', 'metaclip'),
+  'transformers (DINOv3)': ('dinov3',),
+  'transformers (AIMv2)': ('aimv2',),
+  'AIMv2': ('aimv2',),
+  'InternViT': ('intern_vit', 'internvl'),
+  'open_clip': ('clip',),
 }
 
 
-def heads_of(width: int, depth: int, mlp: int) -> int | None:
-  """Heads of a published geometry, or None."""
-  if (width, depth, mlp) in _HEADS:
-    return _HEADS[width, depth, mlp]
-  return width // 64 if width in _WIDTHS_OF_64 and depth >= 10 else None
-
-
-def read(metadata: Mapping[str, Any], *, of_open_clip: bool = False) -> list[tuple[Fields, str]]:
+def read(metadata: Mapping[str, Any], family: str, prefix: str) -> list[tuple[Fields, str]]:
   """Fields of `BackboneSpec` that the JSON files beside a checkpoint give, with the file's name.
 
   Args:
     metadata: contents of the files by name.
-    of_open_clip: whether the weights have open_clip's names.
+    family: name of the family of the weights.
+    prefix: of the encoder's names.
 
   Raises:
-    errors.UserError: for an architecture that this encoder does not have.
+    errors.UserError: for an architecture that this encoder does not have, a file that is not of the
+      weights beside it, or one that is not understood.
   """
-  config = metadata.get('config.json', {})
+  if family not in _KINDS:
+    return []  # Projects without such files: what lies there is of something else.
+  metadata = {name: _without_nulls(metadata[name]) for name in metadata if name.endswith('.json')}
+  found = []
+  for name, reader in _readers(metadata, family, prefix):
+    try:
+      found.append((reader(metadata[name]), name))
+    except errors.UserError:
+      raise
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as e:
+      raise errors.UserError(f'{name} beside the weights is not understood: {e!r}.') from None
+  return found
+
+
+def _readers(
+  metadata: Mapping[str, Any], family: str, prefix: str
+) -> list[tuple[str, Callable[[Any], Fields]]]:
+  """The files that are of these weights, with what reads them."""
+  config = metadata.get('config.json')
   # Some folders hold a model twice, under transformers' names and under open_clip's.
-  if 'open_clip_config.json' in metadata and (of_open_clip or not config):
-    return [(_open_clip(metadata['open_clip_config.json']), 'open_clip_config.json')]
-  if 'architecture' in config:
-    return [(_timm(config), 'config.json')]
-  found = [(_transformers(config), 'config.json')] if 'model_type' in config else []
-  preprocessor = metadata.get('preprocessor_config.json', {})
-  return [*found, (_preprocessor(preprocessor), 'preprocessor_config.json')]
+  of_open_clip = family == 'open_clip' or prefix.startswith('visual.')
+  if of_open_clip and 'open_clip_config.json' in metadata:
+    return [('open_clip_config.json', _open_clip)]
+  if config is None:
+    return []
+  if family == 'timm' and 'architecture' in config:
+    return [('config.json', _timm)]
+  kinds = [str(c.get('model_type', '')) for c in (config, config.get('vision_config', {}))]
+  if not any(kind.startswith(start) for kind in kinds for start in _KINDS[family]):
+    of = f"timm's {config['architecture']}" if 'architecture' in config else f"a '{kinds[0]}'"
+    raise errors.UserError(
+      f"config.json beside the weights is of {of}, but their names are those of '{family}': put "
+      'them into a folder of their own, with the config.json that belongs to them, if there is one.'
+    )
+  readers: list[tuple[str, Callable[[Any], Fields]]] = [('config.json', _transformers)]
+  if 'preprocessor_config.json' in metadata:
+    readers.append(('preprocessor_config.json', _preprocessor))
+  return readers
 
 
-def of_timm_architecture(name: str) -> Fields:
-  """Fields that timm's registered architecture of that name sets.
-
-  Raises:
-    errors.UserError: for one whose blocks this encoder does not have.
-  """
-  if _TIMM_UNKNOWN.search(name):
-    raise errors.UserError(f"timm's architecture '{name}' has blocks that this encoder has not.")
-  fields: Fields = {}
-  for pattern, more in _TIMM:
-    if re.search(pattern, name):
-      fields |= more
-  return fields
+def _without_nulls(value: Any) -> Any:
+  """The same without entries that are null: they say nothing."""
+  if isinstance(value, Mapping):
+    return {k: _without_nulls(v) for k, v in value.items() if v is not None}
+  return value
 
 
 def _timm(config: Mapping[str, Any]) -> Fields:
-  fields = of_timm_architecture(config['architecture'])
+  fields = timm_architectures.fields_of(config['architecture'])
   arguments, preprocessing = config.get('model_args', {}), config.get('pretrained_cfg', config)
   names = {'num_heads': 'heads', 'embed_dim': 'width', 'depth': 'depth'}
   names['ref_feat_shape'] = 'rope_grid'
@@ -151,8 +133,8 @@ def _timm(config: Mapping[str, Any]) -> Fields:
     fields['activation'] = _activation(arguments['act_layer'])
   fields |= _eva_arguments(arguments)
   pool = config.get('global_pool', arguments.get('global_pool'))
-  if pool in _TIMM_POOLS:
-    fields['pool'] = _TIMM_POOLS[pool]
+  if pool:
+    fields['pool'] = _TIMM_POOLS[errors.one_of('global_pool of the checkpoint', pool, _TIMM_POOLS)]
   if 'img_size' in arguments:
     fields['image_size'] = _side(arguments['img_size'])
   elif 'input_size' in preprocessing:
@@ -182,9 +164,17 @@ def _open_clip(config: Mapping[str, Any]) -> Fields:
   vision, preprocessing = model.get('vision_cfg', {}), config.get('preprocess_cfg', {})
   fields: Fields = {'image_size': _side(vision.get('image_size', 224))}
   if 'timm_model_name' in vision:
-    fields |= of_timm_architecture(vision['timm_model_name'])
+    fields |= timm_architectures.fields_of(vision['timm_model_name'])
   else:
     gelu = 'quick_gelu' if model.get('quick_gelu', False) else 'gelu_erf'
+    if vision.get('act_kwargs'):
+      if vision['act_kwargs'] != {'approximate': 'tanh'}:
+        raise errors.UserError(f"open_clip's act_kwargs {vision['act_kwargs']} are not known.")
+      gelu = 'gelu_tanh'
+    pool = vision.get('pool_type', 'tok')
+    fields['pool'] = _OPEN_CLIP_POOLS[
+      errors.one_of('pool_type of the checkpoint', pool, _OPEN_CLIP_POOLS)
+    ]
     eps = vision.get('norm_kwargs', {}).get('eps', 1e-5)
     fields |= {'activation': gelu, 'norm_eps': eps, 'rope': 'none', 'block_norm': 'pre'}
     fields['heads'] = vision['width'] // vision.get('head_width', 64)
@@ -201,6 +191,8 @@ def _transformers(config: Mapping[str, Any]) -> Fields:
     config = {'model_type': kind, **config['vision_config']}
   fields: Fields = {'rope': 'none', 'block_norm': 'pre', **defaults}
   names = {'hidden_size': 'width', 'num_hidden_layers': 'depth', 'num_register_tokens': 'registers'}
+  if not kind.startswith('dinov2'):  # It follows from mlp_ratio there.
+    names['intermediate_size'] = 'mlp'
   for theirs, ours in names.items():
     if theirs in config:
       fields[ours] = int(config[theirs])
@@ -213,8 +205,9 @@ def _transformers(config: Mapping[str, Any]) -> Fields:
   for theirs in ('layer_norm_eps', 'rms_norm_eps'):
     if theirs in config:
       fields['norm_eps'] = float(config[theirs])
-  if 'image_size' in config:
-    fields['image_size'] = _side(config['image_size'])
+  for theirs, ours in (('image_size', 'image_size'), ('patch_size', 'patch')):
+    if theirs in config:
+      fields[ours] = _side(config[theirs])
   if kind.startswith('dinov3'):
     fields |= {'rope': 'dinov3', 'rope_theta': float(config.get('rope_theta', 100.0))}
   if kind == 'internvl_vision' or 'use_mean_pooling' in config:
@@ -223,8 +216,17 @@ def _transformers(config: Mapping[str, Any]) -> Fields:
 
 
 def _preprocessor(config: Mapping[str, Any]) -> Fields:
-  resample = config.get('resample')
-  name = _RESAMPLING.get(resample) if isinstance(resample, int) else resample
+  factor = config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1.0
+  if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+    raise errors.UserError(
+      f'preprocessor_config.json multiplies pixels by {factor}, not by 1 / 255.'
+    )
+  if not config.get('do_normalize', True):
+    config = {**config, 'image_mean': (0.0,) * 3, 'image_std': (1.0,) * 3}
+  name = config.get('resample')
+  if isinstance(name, int):
+    errors.one_of('resample of the checkpoint', str(name), map(str, _RESAMPLING))
+    name = _RESAMPLING[name]
   return _normalisation(config, 'image_mean', 'image_std', name)
 
 
@@ -241,6 +243,7 @@ def _activation(name: str) -> str:
 
 
 def _side(size: Any) -> int:
+  size = list(size.values()) if isinstance(size, Mapping) else size
   sides = {int(s) for s in size} if isinstance(size, (list, tuple)) else {int(size)}
   if len(sides) > 1:
     raise errors.UserError(f'Only square inputs are known; the checkpoint has {list(size)}.')

@@ -16,7 +16,6 @@ text tower, no pooler.
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -26,7 +25,7 @@ import numpy as np
 
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.weights_lib import assembly, export_config, sources
+from losa_scenic.weights_lib import assembly, export_config, sources, stored
 from losa_scenic.weights_lib.assembly import Assembly
 from losa_scenic.weights_lib.checkpoint import param_shapes
 from losa_scenic.weights_lib.format_tables import FORMATS
@@ -38,6 +37,9 @@ ORIGINAL = 'original'
 _param_shapes = functools.cache(param_shapes)  # A pass through the model, on shapes.
 _WEIGHTS = 'model.safetensors'
 _NPZ = 'model.npz'
+# What weights are called, and files that would be read beside them.
+_SUFFIXES = ('.safetensors', '.npz', '.bin', '.pth', '.pt', '.msgpack')
+_TAKEN = (*sources.CONVENTIONAL, *sources.SIDE_FILES)
 
 
 def names() -> list[str]:
@@ -89,8 +91,7 @@ def write(
   is held; those of an npz file are made first.
 
   Args:
-    folder: a folder without other weights, made if it does not exist; what an export of the same
-      kind wrote there is replaced.
+    folder: a folder without weights (see `check_free`), made if it does not exist.
     spec: see `to_family`.
     params: see `to_family`.
     family: see `to_family`.
@@ -104,38 +105,57 @@ def write(
     What the format cannot say and the user should know, as sentences.
 
   Raises:
-    errors.UserError: see `to_family`; or the folder holds weights already, or cannot be written.
+    errors.UserError: see `to_family` and `check_free`; or the files cannot be written.
   """
   if config is not None and like is not None:
     like = dataclasses.replace(like, config=config)
   plan = _plan(spec, params, family, like)
   target, npz = _dtype(dtype), plan.file.spelling.jax
   folder = pathlib.Path(folder)
-  weights = folder / (_NPZ if npz else _WEIGHTS)
-  known = {*sources.CONVENTIONAL, _NPZ} - {weights.name}
-  taken = sorted(name for name in known if (folder / name).exists())
-  if taken:
-    raise errors.UserError(f'{folder} holds other weights already: {taken[0]}.')
   if npz and dtype == 'bfloat16':
     raise errors.UserError("An npz file has no dtype 'bfloat16'; take float32 or float16.")
+  check_free(folder)
   files, remarks = _side_files(plan, family, dtype, dict(config or (like.config if like else {})))
-  unfinished = weights.with_name(f'.{os.getpid()}.{weights.name}')
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
+  paths = [folder / name for name in (*files, _NPZ if npz else _WEIGHTS)]
+  with stored.replacing(*paths) as (*beside, weights):
+    for path, content in zip(beside, files.values(), strict=True):
+      path.write_text(json.dumps(content, indent=2) + '\n')
     if npz:
       arrays: dict[str, Any] = {n: plan.file.tensor(n, target) for n in plan.file.tensors}
-      np.savez(unfinished, **arrays)
+      np.savez(weights, **arrays)
     else:
-      with open(unfinished, 'wb') as stream:
+      with open(weights, 'wb') as stream:
         assembly.write_safetensors(stream, plan.file, target)
-    os.replace(unfinished, weights)
-    for name, content in files.items():
-      (folder / name).write_text(json.dumps(content, indent=2) + '\n')
-  except OSError as e:
-    raise errors.UserError(f'Cannot write {folder}: {e.strerror}.') from None
-  finally:
-    unfinished.unlink(missing_ok=True)
   return remarks
+
+
+def check_free(folder: str | pathlib.Path, own: str | None = None) -> None:
+  """Refuses a folder with a checkpoint: it may be the original, and two in one are confused.
+
+  Args:
+    folder: where weights shall be written; need not exist.
+    own: NAME.json of a backbone of ours that may be replaced there, with its NAME.safetensors.
+
+  Raises:
+    errors.UserError: if it holds other weights or files that are read beside weights, whoever
+      wrote them, or is no folder that can be looked into.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    names = {path.name for path in folder.iterdir()}
+  except FileNotFoundError:
+    return
+  except OSError as e:
+    raise errors.UserError(f'Cannot write to {folder}: {e.strerror}.') from None
+  if own in names:
+    stored.open_stored(folder / own)  # Raises if it is not ours.
+    names.discard(pathlib.Path(own).with_suffix('.safetensors').name)
+  taken = sorted(name for name in names if name in _TAKEN or name.endswith(_SUFFIXES))
+  if taken:
+    raise errors.UserError(
+      f'{folder} holds {", ".join(taken[:8])} already, which may be an original: nothing is '
+      f'written. Choose another folder, or remove what is there.'
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,5 +270,5 @@ def _side_files(
     return {}, [*remarks, f'{family} has no description of an encoder alone: only weights.']
   kept = original if own else {}
   config, more = export_config.transformers(spec, kind, plan.format.title, dtype, kept)
-  beside, rest = export_config.preprocessor(spec)
-  return {'config.json': config, 'preprocessor_config.json': beside}, [*remarks, *more, *rest]
+  beside = export_config.preprocessor(spec)
+  return {'config.json': config, 'preprocessor_config.json': beside}, [*remarks, *more]

@@ -280,19 +280,16 @@ def _of_kind(spec: BackboneSpec, kind: str) -> Json:
   return {}
 
 
-def preprocessor(spec: BackboneSpec) -> tuple[Json, list[str]]:
-  """transformers' preprocessor_config.json, and what it cannot say."""
-  known = spec.interpolation in _RESAMPLING
-  remarks = [] if known else [f"transformers has no interpolation '{spec.interpolation}'."]
-  config = {
+def preprocessor(spec: BackboneSpec) -> Json:
+  """transformers' preprocessor_config.json."""
+  return {
     'image_processor_type': 'ViTImageProcessor',
     'do_resize': True,
     'size': {'height': spec.image_size, 'width': spec.image_size},
-    **({'resample': _RESAMPLING[spec.interpolation]} if known else {}),
+    'resample': _RESAMPLING[spec.interpolation],
     'do_rescale': True,
     'rescale_factor': 1 / 255,
     'do_normalize': True,
     'image_mean': list(spec.mean),
     'image_std': list(spec.std),
   }
-  return config, remarks

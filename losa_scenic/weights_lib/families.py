@@ -1,19 +1,26 @@
-"""What public checkpoints call the parameters of a ViT. See `family`; JAX ones: `flax_families`."""
+"""What public checkpoints call the parameters of a ViT. See `family`; JAX ones: `flax_families`.
+
+A pattern of `left_out` is matched against a name without the encoder's prefix. One that starts with
+'/' is of what stands beside the encoder: it matches no name within it.
+"""
 
 from losa_scenic.weights_lib.family import Family, fused, one
 from losa_scenic.weights_lib.flax_families import BIG_VISION, BIG_VISION_SCAN, PRE_LINEN
 
-# Everything beside the vision tower in files of image-text models, and heads of other tasks.
+# Everything beside the vision tower in files of image-text models.
 _OTHER_TOWERS = (
-  'text_model.*',
-  'text.*',
-  'text_projection*',
-  'visual_projection*',
-  'logit_scale',
-  'logit_bias',
-  'language_model.*',
-  'multi_modal_projector.*',
-  'mlp1.*',
+  '/text_model.*',
+  '/text.*',
+  '/text_projection*',
+  '/visual_projection*',
+  '/logit_scale',
+  '/logit_bias',
+  '/language_model.*',
+  '/multi_modal_projector.*',
+  '/mlp1.*',
+)
+# Heads of tasks.
+_HEADS = (
   'classifier.*',
   'cls_classifier.*',
   'distillation_classifier.*',
@@ -72,8 +79,8 @@ TIMM = Family(
     ),
   },
   left_out=(
-    *('head.*', 'head_dist.*', 'pre_logits.*', 'mask_token', 'lm_head.*', 'dino_head.*'),
-    *('ibot_head.*', 'decoder_*', 'local_cls_norm.*', 'cls_pt_layers.*', *_OTHER_TOWERS, *_BUFFERS),
+    *('head.*', 'head_dist.*', 'pre_logits.*', 'mask_token', 'dino_head.*', 'ibot_head.*'),
+    *('decoder_*', 'local_cls_norm.*', 'cls_pt_layers.*', *_HEADS, *_OTHER_TOWERS, *_BUFFERS),
   ),
   pooled_norms=('fc_norm',),
   masked={'key/bias': 'attn.qkv.bias_mask'},
@@ -89,7 +96,8 @@ TRANSFORMERS = Family(
     **one(cls='embeddings.cls_token', pos_embedding='embeddings.position_embeddings'),
     **one(**{'patch/proj': 'embeddings.patch_embeddings.projection'}),
     'registers': ('embeddings.register_tokens', 'embeddings.distillation_token'),
-    'norm': ('layernorm', 'pooler.layernorm'),
+    # Of a model for masked images, the norm before its head is the encoder's last.
+    'norm': ('layernorm', 'pooler.layernorm', '/layernorm'),
   },
   block={
     **one(norm1='layernorm_before', norm2='layernorm_after'),
@@ -107,7 +115,7 @@ TRANSFORMERS = Family(
     ),
   },
   left_out=(
-    *('pooler.dense.*', 'embeddings.mask_token', 'decoder.*', 'lm_head.*'),
+    *('pooler.dense.*', 'embeddings.mask_token', 'decoder.*', *_HEADS),
     *(*_OTHER_TOWERS, *_BUFFERS),
   ),
   pooled_norms=('pooler.layernorm',),
@@ -126,7 +134,7 @@ DINOV2_TRANSFORMERS = Family(
     'fc2': ('mlp.weights_out', 'mlp.fc2'),
     **one(attn_scale='layer_scale1.lambda1', mlp_scale='layer_scale2.lambda1'),
   },
-  left_out=('embeddings.mask_token', *_OTHER_TOWERS),
+  left_out=('embeddings.mask_token', *_HEADS, *_OTHER_TOWERS),
 )
 
 CLIP_TRANSFORMERS = Family(
@@ -157,7 +165,7 @@ CLIP_TRANSFORMERS = Family(
     **one(query='self_attn.q_proj', key='self_attn.k_proj', value='self_attn.v_proj'),
     **one(out='self_attn.out_proj'),
   },
-  left_out=(*_OTHER_TOWERS, *_BUFFERS),
+  left_out=(*_HEADS, *_OTHER_TOWERS, *_BUFFERS),
 )
 
 DINOV3_TRANSFORMERS = Family(
@@ -174,7 +182,7 @@ DINOV3_TRANSFORMERS = Family(
     **one(fc1='mlp.up_proj', fc2='mlp.down_proj'),
     **one(attn_scale='layer_scale1.lambda1', mlp_scale='layer_scale2.lambda1'),
   },
-  left_out=('embeddings.mask_token', *_OTHER_TOWERS),
+  left_out=('embeddings.mask_token', *_HEADS, *_OTHER_TOWERS),
 )
 
 AIMV2_TRANSFORMERS = Family(
@@ -190,7 +198,8 @@ AIMV2_TRANSFORMERS = Family(
     **one(value='attention.v_proj', out='attention.out_proj', gate='ffn.gate_proj'),
     **one(fc1='ffn.up_proj', fc2='ffn.down_proj'),
   },
-  left_out=('head.*', *_OTHER_TOWERS, *_BUFFERS),
+  # Not 'head.*': the head of aimv2-*-lit pools by attention.
+  left_out=(*_HEADS, *_OTHER_TOWERS, *_BUFFERS),
 )
 
 AIMV2 = Family(
@@ -207,7 +216,7 @@ AIMV2 = Family(
     **one(fc2='mlp.fc2'),
     **fused('attn.qkv'),
   },
-  left_out=('head.*', *_OTHER_TOWERS),
+  left_out=('head.weight', 'head.bias', *_HEADS, *_OTHER_TOWERS),
 )
 
 INTERNVIT = Family(
@@ -223,7 +232,7 @@ INTERNVIT = Family(
     **one(query_norm='attn.q_norm', key_norm='attn.k_norm', attn_scale='ls1', mlp_scale='ls2'),
     **fused('attn.qkv'),
   },
-  left_out=_OTHER_TOWERS,
+  left_out=(*_HEADS, *_OTHER_TOWERS),
 )
 
 OPEN_CLIP = Family(
@@ -244,8 +253,8 @@ OPEN_CLIP = Family(
     },
   },
   left_out=(
-    *('proj', 'transformer.*', 'token_embedding.*', 'positional_embedding', 'ln_final.*'),
-    *('attn_mask', *_OTHER_TOWERS),
+    *('proj', '/transformer.*', '/token_embedding.*', '/positional_embedding', '/ln_final.*'),
+    *('/attn_mask', *_HEADS, *_OTHER_TOWERS),
   ),
   resize='bicubic_antialias',
 )
@@ -264,6 +273,12 @@ FAMILIES = (
   BIG_VISION,
   BIG_VISION_SCAN,
 )
+
+# Family -> {pattern of own names: why a model with such tensors is not read}.
+REFUSED = {
+  family.name: {'head.*': 'its head pools by attention, as that of aimv2-*-lit, which is not read'}
+  for family in (AIMV2_TRANSFORMERS, AIMV2)
+}
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.weights_lib import evidence
+from losa_scenic.weights_lib import evidence, timm_architectures
 from losa_scenic.weights_lib.evidence import Fields
 from losa_scenic.weights_lib.families import (
   CLIP_TRANSFORMERS,
@@ -22,6 +22,9 @@ from losa_scenic.weights_lib.families import (
 from losa_scenic.weights_lib.mapping import Layout
 from losa_scenic.weights_lib.shapes import Shapes
 from losa_scenic.weights_lib.tensors import Tensor
+
+# What a user may want otherwise than a checkpoint says.
+MAY_DIFFER = ('pool', 'mean', 'std', 'interpolation', 'position_resize')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,15 +62,14 @@ def describe(
   """
   shapes = Shapes(layout, tensors)
   found = shapes.fields()
-  of_open_clip = layout.family is OPEN_CLIP or layout.prefix.startswith('visual.')
-  beside = evidence.read(metadata, of_open_clip=of_open_clip)
+  beside = evidence.read(metadata, layout.family.name, layout.prefix)
   conventions = _conventions(layout, tensors, found)
   fields: Fields = {'name': name}
   origins: dict[str, str] = {}
   for values, origin in (
     (conventions, 'convention'),
     *beside,
-    (dict(given or {}), 'given'),
+    ({k: tuple(v) if isinstance(v, list) else v for k, v in (given or {}).items()}, 'given'),
     (found, 'shapes'),
   ):
     for field, value in values.items():
@@ -77,9 +79,15 @@ def describe(
         raise errors.UserError(
           f'{field}={fields[field]} ({stated}) contradicts the shapes of the checkpoint: {value}.'
         )
+      known = stated != 'convention' and field not in MAY_DIFFER
+      if origin == 'given' and known and fields[field] != value:
+        raise errors.UserError(
+          f'{field}={value} contradicts {stated} of the checkpoint: {fields[field]}.'
+        )
       fields[field], origins[field] = value, origin
   _decide_heads(fields, origins)
   _decide_pool(fields, origins, layout)
+  _check_map_pool(fields, layout, metadata)
   undecided = [field for field, value in fields.items() if value is None]
   if undecided:
     positions = (
@@ -113,7 +121,9 @@ def _with_side(fields: Fields, origins: dict[str, str], shapes: Shapes) -> Field
 
 def _decide_heads(fields: Fields, origins: dict[str, str]) -> None:
   if 'heads' not in fields:
-    fields['heads'] = evidence.heads_of(fields['width'], fields['depth'], fields['mlp'])
+    fields['heads'] = timm_architectures.heads_of(
+      fields['width'], fields['depth'], fields['mlp'], fields['gated']
+    )
     origins['heads'] = 'convention'
 
 
@@ -134,6 +144,19 @@ def _decide_pool(fields: Fields, origins: dict[str, str], layout: Layout) -> Non
       fields['pool'] = 'gap'
     else:
       fields['pool'] = 'cls_dist' if distilled else 'cls'
+
+
+def _check_map_pool(fields: Fields, layout: Layout, metadata: Mapping[str, Any]) -> None:
+  """timm's attention pooling leaves out class token and registers, ours reads all tokens."""
+  arguments = metadata.get('config.json', {}).get('model_args') or {}
+  prefix = int(fields['class_token']) + fields['registers']
+  if fields['pool'] != 'map' or not prefix or layout.family is not TIMM:
+    return
+  if not arguments.get('pool_include_prefix'):
+    raise errors.UserError(
+      f"timm's attention pooling leaves out the {prefix} leading tokens of this checkpoint, which "
+      'ours cannot: give another pooling (backbone_configs.pool, --set pool=...).'
+    )
 
 
 def _conventions(layout: Layout, tensors: Mapping[str, Tensor], found: Fields) -> Fields:
@@ -182,18 +205,35 @@ def _timm_conventions(
   layout: Layout, tensors: Mapping[str, Tensor], found: Fields, names: set[str]
 ) -> Fields:
   """Files without timm's config.json: its own, and those that the authors of a model published."""
+  fields: Fields = {}
   periods = next((name for name in names if name.endswith('rope_embed.periods')), None)
   if periods or 'storage_tokens' in names:
-    fields: Fields = {'rope': 'dinov3', 'rope_theta': 100.0, 'norm_eps': 1e-5}
+    fields = {'rope': 'dinov3', 'rope_theta': 100.0, 'norm_eps': 1e-5}
     if periods:
       fields['heads'] = found['width'] // (4 * tensors[layout.prefix + periods].shape[0])
-    return fields
+    # Of L and 7B there are those of photos and those of satellite images.
+    return fields | (_UNKNOWN_INPUT if found['width'] in (1024, 4096) else {})
+  if found['pre_norm'] and 'map_head/probe' in layout.origins:
+    raise errors.UserError('Perception Encoder checkpoints (vit_pe_*) are not read.')
   if found['qkv_bias'] == 'qv' and not found['relative_positions'] and not found['registers']:
     # EVA-CLIP and EVA-02.
     if found['gated']:
       return {'rope': 'eva', 'rope_theta': 1e4, 'rope_grid': 16, **evidence.OPENAI}
     post = {(1792, 64): 'post', (1408, 40): 'pre'}.get((found['width'], found['depth']))
     return {'block_norm': post, **evidence.OPENAI}
-  if found['pre_norm'] and 'map_head/probe' in layout.origins:
-    raise errors.UserError('Perception Encoder checkpoints (vit_pe_*) are not read.')
-  return {}
+  if 'blocks.0.gamma_1' in names and not found['relative_positions']:
+    fields['rope'] = (
+      None  # timm's ViTs with rotary positions are named so, with and without others.
+    )
+  if found['attn_norm']:
+    fields['norm_eps'] = 1e-5  # BEiT-3
+  if not found['class_token'] and not found['gated'] and 'map_head/probe' not in layout.origins:
+    fields['activation'] = None
+  marked = ('mask_token', 'dist_token', 'register_tokens', 'decoder_embed.weight')
+  known = found['patch_norm'] or found['pre_norm'] or 'map_head/probe' in layout.origins
+  if not known and (found['relative_positions'] or not names.intersection(marked)):
+    fields |= _UNKNOWN_INPUT  # AugReg, BEiT and SigLIP have 0.5, DeiT, MAE and BEiT v2 ImageNet's.
+  return fields
+
+
+_UNKNOWN_INPUT: Fields = {'mean': None, 'std': None}

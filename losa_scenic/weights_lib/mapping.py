@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.weights_lib.families import FAMILIES
+from losa_scenic.weights_lib.families import FAMILIES, REFUSED
 from losa_scenic.weights_lib.family import Family
 from losa_scenic.weights_lib.tensors import BFLOAT16, Tensor
 
@@ -83,16 +83,17 @@ def find(tensors: Mapping[str, Tensor], prefix: str | None = None, family: str =
 
   Args:
     tensors: a file's tensors by name.
-    prefix: what stands before the encoder's names; found out when None.
+    prefix: what stands before the encoder's names; found out when None. Other encoders of the file
+      are left out then.
     family: name of the family, or 'auto'.
 
   Raises:
     errors.UserError: if no family or several fit, or a tensor has no place.
   """
+  encoders = [(one, start) for one in FAMILIES for start in _prefixes(one, tensors)]
   found = [
     (one, start)
-    for one in FAMILIES
-    for start in _prefixes(one, tensors)
+    for one, start in encoders
     if prefix in (None, start) and family in ('auto', one.name)
   ]
   if not found:
@@ -103,7 +104,7 @@ def find(tensors: Mapping[str, Tensor], prefix: str | None = None, family: str =
       f'The file holds several encoders: {names}. Convert one of them: '
       'python -m losa_scenic.convert --from=... --to=... --prefix=...'
     )
-  return _map(tensors, *found[0])
+  return _map(tensors, *found[0], [start for _, start in encoders])
 
 
 def _prefixes(family: Family, names: Iterable[str]) -> list[str]:
@@ -129,7 +130,10 @@ def _no_family(tensors: Mapping[str, Tensor], prefix: str | None) -> str:
   return f'{what} None of them is the first layer of one: {anchors}.'
 
 
-def _map(tensors: Mapping[str, Tensor], family: Family, prefix: str) -> Layout:
+def _map(
+  tensors: Mapping[str, Tensor], family: Family, prefix: str, prefixes: Iterable[str]
+) -> Layout:
+  """The layout of the encoder under `prefix`, one of the `prefixes` of the file's encoders."""
   depth = _depth(tensors, family, prefix)
   origins = _origins(tensors, family, family.model, prefix, '', None)
   for i in range(depth):
@@ -145,14 +149,19 @@ def _map(tensors: Mapping[str, Tensor], family: Family, prefix: str) -> Layout:
       )
   used = {origin.name for origin in origins.values()}
   rest = [name for name in tensors if name not in used]
-  left_out = tuple(name for name in rest if _is_left_out(name, family, prefix))
+  others = [start for start in prefixes if start != prefix]
+  left_out = tuple(
+    name
+    for name in rest
+    if _is_left_out(name, family, prefix) or _is_of_another(name, prefix, others)
+  )
   unknown = sorted(set(rest) - set(left_out))
   if unknown:
     lines = [f'{name} {list(tensors[name].shape)}{_near(name, used)}' for name in unknown[:8]]
     more = f' ... and {len(unknown) - 8} more' if len(unknown) > 8 else ''
     raise errors.UserError(
       f"{len(unknown)} tensors have no place in a ViT of family '{family.name}' (prefix "
-      f"'{prefix}'): {'; '.join(lines)}{more}."
+      f"'{prefix}'): {'; '.join(lines)}{more}.{_why(unknown, family, prefix)}"
     )
   return Layout(family, prefix, origins, left_out, depth)
 
@@ -164,7 +173,35 @@ def _near(name: str, known: Iterable[str]) -> str:
 
 def _is_left_out(name: str, family: Family, prefix: str) -> bool:
   own = name.removeprefix(prefix)
-  return any(fnmatch.fnmatchcase(n, p) for n in {name, own} for p in family.left_out)
+  if any(fnmatch.fnmatchcase(own, pattern) for pattern in family.left_out):
+    return True
+  beside = (pattern[1:] for pattern in family.left_out if pattern.startswith('/'))
+  return not _is_within(name, family, prefix) and any(fnmatch.fnmatchcase(name, p) for p in beside)
+
+
+def _is_within(name: str, family: Family, prefix: str) -> bool:
+  """Whether a name is the encoder's: without a prefix, if it begins as one of a table does."""
+  if prefix:
+    return name.startswith(prefix)
+  tables = (split(entry)[0] for candidates in family.model.values() for entry in candidates)
+  modules = {entry for entry in tables if not entry.startswith('/')}
+  layers = family.layer.partition('{i}')[0]
+  return name.startswith((layers, *(f'{m}{end}' for m in modules for end in './')))
+
+
+def _is_of_another(name: str, prefix: str, others: Iterable[str]) -> bool:
+  """Whether a name is of another encoder: of its possible prefixes, the longest counts."""
+  own = len(prefix) if name.startswith(prefix) else -1
+  return any(name.startswith(start) and len(start) > own for start in others)
+
+
+def _why(unknown: Iterable[str], family: Family, prefix: str) -> str:
+  """What is known of tensors without a place, as a sentence."""
+  own = [name.removeprefix(prefix) for name in unknown]
+  for pattern, why in REFUSED.get(family.name, {}).items():
+    if fnmatch.filter(own, pattern):
+      return f' It is a model of another kind: {why}.'
+  return ''
 
 
 def _depth(tensors: Mapping[str, Tensor], family: Family, prefix: str) -> int:

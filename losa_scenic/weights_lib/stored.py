@@ -3,8 +3,14 @@
 A backbone is two files: `NAME.safetensors` holds the weights, layers stacked, in one float dtype;
 `NAME.json` holds {format_version, name, spec, sha256, leaves, card}. The hash covers paths, shapes,
 dtypes and bytes of all leaves, so a flipped bit or a swapped file is an error.
+
+The weights are used where the file is mapped, after one pass for the hash. So a file in use must
+only ever be replaced by another one (written under another name, then renamed, as `write` does):
+whoever has mapped the old file keeps it. What is written into the file itself changes weights that
+are in use, unnoticed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -12,7 +18,8 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Mapping
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 import jax.numpy as jnp
@@ -99,12 +106,15 @@ class Stored:
       raise errors.UserError(f'{path} is damaged: its hash is not the one in {self.path.name}.')
 
   def read(self, path: str) -> np.ndarray:
-    """One parameter, layers unrolled, as a read-only mapping of the file."""
+    """One parameter, layers unrolled, as a read-only mapping of the file.
+
+    Raises `UserError` if it is no longer the file that `verify` read.
+    """
     name, layer = stacked(path)
     return tensors.mapped(self._tensors[name], () if layer is None else (layer,))
 
   def read_stacked(self, name: str) -> np.ndarray:
-    """One parameter of all layers, as a read-only mapping of the file."""
+    """One parameter of all layers; see `read`."""
     return tensors.mapped(self._tensors[name])
 
 
@@ -162,17 +172,15 @@ def write(
     What was written, as `open_stored` returns it.
 
   Raises:
-    errors.UserError: if a value is not finite in that dtype, or the disk is full; the files that
-      were there before stay.
+    errors.UserError: if a value is not finite in that dtype, or the files cannot be written; those
+      that were there before stay.
   """
   path = path.with_suffix('.json')
   weights = path.with_suffix('.safetensors')
   shapes = stack_shapes(param_shapes(spec))
   target = np.dtype(jnp.dtype(errors.one_of('dtype', dtype, DTYPES)))
-  path.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = weights.with_name(f'.{weights.name}.{os.getpid()}')
-  try:
-    with open(unfinished, 'wb') as stream:
+  with replacing(path, weights) as (new_path, new_weights):
+    with open(new_weights, 'wb') as stream:
       digest = _write_weights(stream, shapes, read, target, path)
     description = {
       'format_version': FORMAT_VERSION,
@@ -182,13 +190,48 @@ def write(
       'leaves': {name: [list(shape), target.name] for name, shape in shapes.items()},
       'card': dict(card or {}),
     }
-    os.replace(unfinished, weights)  # Whoever has mapped the old file keeps it.
-  except OSError as e:
-    raise errors.UserError(f'Cannot write {weights}: {e.strerror}.') from None
-  finally:
-    unfinished.unlink(missing_ok=True)
-  path.write_text(json.dumps(description, indent=1) + '\n')
+    new_path.write_text(json.dumps(description, indent=1) + '\n')
   return open_stored(path)
+
+
+@contextlib.contextmanager
+def replacing(*paths: pathlib.Path) -> Iterator[list[pathlib.Path]]:
+  """Files that appear together, in the place of older ones, when all of them are written.
+
+  Args:
+    paths: files of one folder, which is made if it does not exist. They appear in this order; of
+      all but the last, copies are held for that moment, so the last should be the large one.
+
+  Yields:
+    Where to write each of them.
+
+  Raises:
+    errors.UserError: if they cannot be written; the older files stay then, as they do if the body
+      raises anything.
+  """
+  folder, own = paths[-1].parent, f'.{os.getpid()}.'
+  unfinished = [folder / f'{own}{path.name}' for path in paths]
+  copies = [folder / f'{own}old.{path.name}' for path in paths[:-1]]
+  appeared = []
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    yield unfinished
+    for path, copy in zip(paths, copies, strict=False):
+      if path.exists():
+        shutil.copyfile(path, copy)
+    for path, new in zip(paths, unfinished, strict=True):
+      os.replace(new, path)
+      appeared.append(path)
+  except OSError as e:
+    for path, copy in zip(appeared, copies, strict=False):
+      if copy.exists():
+        os.replace(copy, path)
+      else:
+        path.unlink()
+    raise errors.UserError(f'Cannot write {paths[-1]}: {e.strerror or e}.') from None
+  finally:
+    for left in [*unfinished, *copies] if folder.is_dir() else []:
+      left.unlink(missing_ok=True)
 
 
 def _write_weights(

@@ -6,6 +6,7 @@ as resident memory, so a conversion would hold the checkpoint twice.
 
 import contextlib
 import dataclasses
+import io
 import math
 import operator
 import os
@@ -105,10 +106,7 @@ class File:
   def fill(self, start: int, buffer: np.ndarray) -> None:
     """Fills a contiguous uint8 buffer from the byte `start` on."""
     rest = buffer.data
-    with _readable(self.path), open(self.path, 'rb', buffering=0) as stream:
-      status = os.fstat(stream.fileno())
-      if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
-        raise errors.UserError(f'{self.path}: the file was changed while it was being read.')
+    with self._unchanged() as stream:
       stream.seek(start)
       while rest:
         count = stream.readinto(rest)
@@ -121,6 +119,23 @@ class File:
     buffer = np.empty(count, np.uint8)
     self.fill(start, buffer)
     return buffer.tobytes()
+
+  def map(self, start: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """A read-only mapping of a C-contiguous array, none of whose axes is empty, from `start`."""
+    with self._unchanged() as stream:
+      return np.asarray(np.memmap(stream, dtype, 'r', start, shape))
+
+  @contextlib.contextmanager
+  def _unchanged(self) -> Iterator[io.FileIO]:
+    """The opened file; raises `UserError` if it cannot be read or was changed."""
+    try:
+      with open(self.path, 'rb', buffering=0) as stream:
+        status = os.fstat(stream.fileno())
+        if (status.st_size, status.st_mtime_ns) != (self.size, self.modified):
+          raise errors.UserError(f'{self.path}: the file was changed while it was being read.')
+        yield stream
+    except OSError as error:
+      raise errors.UserError(f'{self.path}: cannot be read ({error.strerror}).') from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,16 +276,8 @@ def check_shape(where: str, shape: Any, itemsize: int) -> tuple[int, ...]:
     raise errors.UserError(f'{where}: its shape is no list of integers >= 0.')
   # Empty axes count as 1, because NumPy refuses shapes such as [0, 2**62] as well.
   if len(shape) > _MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) * itemsize > _MAX_BYTES:
-    raise errors.UserError(f'{where}: its shape is too large ({str(shape)[:100]}).')
+    raise errors.UserError(f'{where}: its shape is too large ({str(shape[:99])[:100]}).')
   return tuple(shape)
-
-
-@contextlib.contextmanager
-def _readable(path: pathlib.Path) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise errors.UserError(f'{path}: cannot be read ({error.strerror}).') from None
 
 
 def _indexed(
@@ -296,11 +303,13 @@ def _indexed(
 
 
 def mapped(tensor: Tensor, index: Index = ()) -> np.ndarray:
-  """A part as a read-only mapping of the file if its bytes lie together there, else read."""
+  """A part as a read-only mapping of the file if its bytes lie together there, else read.
+
+  Raises `UserError` as `Tensor.read` does: what is mapped is the file that was opened.
+  """
   if isinstance(tensor, StoredTensor) and isinstance(tensor.data, FileBytes):
     strides = tensor.strides or contiguous_strides(tensor.shape, tensor.dtype.itemsize)
     offset, shape, strides = _indexed(tensor.offset, tensor.shape, strides, index)
     if math.prod(shape) and strides == contiguous_strides(shape, tensor.dtype.itemsize):
-      start = tensor.data.start + offset
-      return np.asarray(np.memmap(tensor.data.file.path, tensor.dtype, 'r', start, shape))
+      return tensor.data.file.map(tensor.data.start + offset, shape, tensor.dtype)
   return tensor.read(index)

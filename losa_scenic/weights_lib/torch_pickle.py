@@ -1,10 +1,10 @@
 """The pickle inside a PyTorch checkpoint, interpreted here opcode by opcode: it can run nothing.
 
 Python's unpickler imports and calls what a file names. One that only restricts the imports can
-still be crashed (hashing deeply nested tuples overflows the C stack) or made to allocate
-gigabytes (one memo index of 2**28), so the few opcodes that state dicts consist of are interpreted
-here, from the public disassembler `pickletools.genops`. A global is a name: looked up in the short
-list below, never imported.
+still be crashed (hashing deeply nested tuples overflows the C stack) or made to allocate gigabytes
+(one memo index of 2**28; copies of one list), so the few opcodes that state dicts consist of are
+interpreted here, from the public disassembler `pickletools.genops`. Their number is limited, and
+none copies a long list. A global is a name: looked up in the short list below, never imported.
 """
 
 import dataclasses
@@ -35,6 +35,8 @@ _PARAMETER = 'torch._utils._rebuild_parameter'
 _ORDERED_DICT = 'collections.OrderedDict'
 _SIZE = 'torch.Size'
 _NAMESPACE = 'argparse.Namespace'
+_MAX_OPCODES = 2**21  # Each makes at most one item; 1000 tensors and their optimizer need 2**18.
+_MAX_ARGUMENTS = 8  # A tensor has 6 or 7.
 _GLOBALS = frozenset({_TENSOR, _PARAMETER, _ORDERED_DICT, _SIZE, _NAMESPACE, *STORAGES})
 _DTYPES = re.compile(
   r'torch\.(bfloat16|float(16|32|64)|complex(64|128)|int(8|16|32|64)|uint8|bool)'
@@ -108,9 +110,14 @@ def load(data: bytes, name: str) -> Any:
   """
   machine = _Machine(name)
   try:
-    for opcode, argument, _ in pickletools.genops(io.BytesIO(data)):
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(io.BytesIO(data))):
       if opcode.name == 'STOP':
         return machine.pop()
+      if count == _MAX_OPCODES:
+        raise errors.UserError(
+          f'{name}: the pickle holds more than {_MAX_OPCODES:,} items, far more than weights need. '
+          f"Save only the weights in PyTorch: torch.save(torch.load(FILE)['model'], NEW_FILE)."
+        )
       machine.step(opcode.name, argument)
   except errors.UserError:
     raise
@@ -240,6 +247,8 @@ class _Machine:
   def _call(self, function: Any, arguments: Any) -> Any:
     if type(function) is not Global or type(arguments) is not tuple:
       raise TypeError('a call of something that is no function')
+    if len(arguments) > _MAX_ARGUMENTS:
+      raise TypeError(f'a call with {len(arguments)} arguments')
     match function.name:
       case name if name == _TENSOR:
         return _tensor(self._name, *arguments)
@@ -250,7 +259,7 @@ class _Machine:
       case name if name == _ORDERED_DICT and arguments == ():
         return {}
       case name if name == _SIZE and len(arguments) == 1:
-        return tuple(arguments[0])
+        return tensors.check_shape(f'{self._name}: {_SIZE}', arguments[0], 1)
       case name if name == _NAMESPACE and arguments == ():
         return Namespace()
     raise TypeError(f'a call of {function.name}')

@@ -220,6 +220,7 @@ def make(folder: pathlib.Path, name: str) -> Golden:
   if 'rope_embed.periods' in shapes:  # They say how wide a head is; nothing says the grid.
     needs = ('image_size',)
   if any('relative_position_bias_table' in key for key in shapes):  # Has a column per head.
-    needs = ()
+    needs = ('mean', 'std')  # Of BEiT 0.5, of BEiT v2 ImageNet's.
   by_family = ('norm_eps', 'activation', 'pool', 'mean', 'std', 'interpolation')
+  by_family = tuple(field for field in by_family if field not in needs)
   return by_timm(model, architecture, special, needs, by_family)

@@ -74,7 +74,7 @@ CHANGES = [
   ),
 ]
 VALUES = {
-  **CHOICES,
+  **{name: values for name, values in CHOICES.items() if name != 'interpolation'},
   **{field.name: (False, True) for field in dataclasses.fields(BackboneSpec) if field.type is bool},
   'registers': (0, 2),
   'norm_eps': (1e-6, 1e-2),

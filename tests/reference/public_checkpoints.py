@@ -205,7 +205,7 @@ def _untouched(opened: checkpoint.Checkpoint, leaves) -> bool:
 def _computed(spec):
   """The spec without what the computation does not depend on: fewer programs to compile."""
   return dataclasses.replace(
-    spec, name='', mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='', position_resize=''
+    spec, name='', mean=(0.5,) * 3, std=(0.5,) * 3, interpolation='bicubic', position_resize=''
   )
 
 

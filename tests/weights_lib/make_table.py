@@ -22,8 +22,8 @@ the tests compare with. Published weights themselves were not downloaded.
 
 - **Loads**: the geometry that is found out is the model's, every tensor has its place, and nothing
   is left over. "given" names what had to be stated for these small models: nothing beside such a
-  file says it. Of the published ones, heads follow from the other sizes, and the input size is 224
-  where it is not given (`config.backbone_configs.image_size`).
+  file says it (`config.backbone_configs.heads` and the like). Of published ones, heads follow from
+  the other sizes where all models of those sizes have the same number.
 - **Blocks**, **pooled**: the output of every block, and the pooled features before a classifier or
   projection, are the library's. The number is the largest difference of our float32 over the
   largest value; the bound is 1e-5.

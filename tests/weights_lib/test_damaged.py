@@ -6,16 +6,20 @@ layer that is missing altogether, and in a model of one layer a bias of query, k
 """
 
 import math
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from reference.small_checkpoints import WRITERS, as_timm, parameters, write
+from safetensors import numpy as safetensors_numpy
 
 from losa_scenic.common_lib import errors
 from losa_scenic.weights_lib import checkpoint
 
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'backbones'
 # The same examples each time: a test of a commit does not depend on luck.
 repeated = settings(derandomize=True, deadline=None, max_examples=20, database=None)
 
@@ -49,6 +53,9 @@ def read(path, kind, g):
   """Opens a file and reads all of it: the spec and {path: array}."""
   fields = {'heads': g['heads']} if kind != 'npz' else {}
   fields |= {'activation': 'quick_gelu'} if kind == 'clip' else {}
+  fields |= (
+    {'activation': 'gelu_erf', 'mean': (0.5,) * 3, 'std': (0.5,) * 3} if kind == 'timm' else {}
+  )
   opened = checkpoint.open_checkpoint(path, fields)
   return opened.spec, {leaf: opened.read(leaf) for leaf in opened.shapes}
 
@@ -208,3 +215,96 @@ def test_other_transformers(change, message, folder):
   named |= {name: np.ones(shape, 'f4') for name, shape in change.items()}
   with pytest.raises(errors.UserError, match=message):
     read(write(folder, 'timm', named), 'timm', g)
+
+
+def changed(folder, case, change):
+  """A copy of a golden checkpoint whose tensors are `change(tensors)`."""
+  shutil.copytree(GOLDEN / case, folder / case)
+  path = next((folder / case).glob('*.safetensors'))
+  safetensors_numpy.save_file(change(safetensors_numpy.load_file(path)), path)
+  return folder / case
+
+
+@pytest.mark.parametrize(
+  ('case', 'name'),
+  [
+    ('open_clip', 'visual.transformer.resblocks.0.attn.ln_q.weight'),
+    ('open_clip', 'visual.transformer.resblocks.1.ls_3.gamma'),
+    ('open_clip', 'visual.ln_final.weight'),
+    ('open_clip_siglip', 'visual.trunk.text.0.weight'),
+    ('hf_clip', 'vision_model.text_projection.weight'),
+    ('hf_internvl', 'encoder.layer.0.mlp1.0.weight'),
+  ],
+)
+def test_no_pattern_of_another_tower_matches_within_the_encoder(case, name, tmp_path):
+  folder = changed(tmp_path, case, lambda tensors: tensors | {name: np.ones(24, 'f4')})
+  with pytest.raises(errors.UserError, match=rf'1 tensors have no place.*{name}'):
+    checkpoint.open_checkpoint(folder)
+
+
+def of_visual(tensors):
+  """The vision tower of open_clip by itself, without a prefix."""
+  start = 'visual.'
+  return {n.removeprefix(start): x for n, x in tensors.items() if n.startswith(start)}
+
+
+def test_a_vision_tower_by_itself_has_no_text_tower_to_leave_out(tmp_path):
+  folder = changed(tmp_path, 'open_clip', lambda t: of_visual(t) | {'logit_scale': np.ones(())})
+  left_out = set(checkpoint.open_checkpoint(folder).layout.left_out)
+  assert left_out == {'logit_scale', *(['proj'] if 'proj' in left_out else [])}
+  name = 'transformer.resblocks.0.attn.ln_q.weight'
+  shutil.rmtree(folder)
+  folder = changed(tmp_path, 'open_clip', lambda t: of_visual(t) | {name: np.ones(24, 'f4')})
+  with pytest.raises(errors.UserError, match=rf'1 tensors have no place.*{name}'):
+    checkpoint.open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+  ('prefixes', 'chosen'),
+  [
+    (('teacher.', 'student.'), 'teacher.'),
+    (('teacher.', 'student.'), 'student.'),
+    (('', 'ema.'), ''),
+    (('', 'ema.'), 'ema.'),
+  ],
+)
+def test_one_of_several_encoders(prefixes, chosen, tmp_path):
+  def several(tensors):
+    return {start + name: x + i for i, start in enumerate(prefixes) for name, x in tensors.items()}
+
+  folder = changed(tmp_path, 'timm_deit', several)
+  with pytest.raises(errors.UserError, match=r'holds several encoders.*--prefix='):
+    checkpoint.open_checkpoint(folder)
+  opened = checkpoint.open_checkpoint(folder, prefix=chosen)
+  plain = checkpoint.open_checkpoint(GOLDEN / 'timm_deit')
+  want = plain.read('norm/scale') + prefixes.index(chosen)
+  np.testing.assert_array_equal(opened.read('norm/scale'), want)
+  assert len(opened.layout.left_out) == len(plain.source.tensors) + len(plain.layout.left_out)
+  # What is of no encoder is still an error.
+  folder = changed(tmp_path / 'b', 'timm_deit', lambda t: several(t) | {'other.x': np.ones(2)})
+  if '' not in prefixes:
+    with pytest.raises(errors.UserError, match=r'1 tensors have no place.*other\.x'):
+      checkpoint.open_checkpoint(folder, prefix=chosen)
+
+
+@pytest.mark.parametrize('case', ['hf_aimv2', 'remote_aimv2'])
+def test_a_head_that_pools_by_attention_is_not_dropped(case, tmp_path):
+  more = {
+    'head.cls_token': np.ones((1, 1, 24), 'f4'),
+    'head.k_proj.weight': np.ones((24, 24), 'f4'),
+  }
+  folder = changed(tmp_path, case, lambda tensors: tensors | more)
+  with pytest.raises(errors.UserError, match=r'head\.cls_token.*its head pools by attention'):
+    checkpoint.open_checkpoint(folder)
+
+
+def test_a_beit_for_masked_images_has_its_norm_beside_the_encoder(tmp_path):
+  def masked_images(tensors):
+    of_head = {'layernorm.weight', 'layernorm.bias', 'lm_head.weight', 'lm_head.bias'}
+    named = {f'beit.{n}': x for n, x in tensors.items() if not n.startswith('pooler')}
+    return named | {n: np.full(24, 1.5, 'f4') for n in of_head}
+
+  opened = checkpoint.open_checkpoint(changed(tmp_path, 'hf_beit', masked_images))
+  assert opened.spec.final_norm == 'tokens'
+  np.testing.assert_array_equal(opened.read('norm/scale'), np.full(24, 1.5))
+  assert set(opened.layout.left_out) == {'lm_head.weight', 'lm_head.bias'}

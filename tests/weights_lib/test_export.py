@@ -232,11 +232,11 @@ def test_a_model_that_has_more_biases_gets_zeros(tmp_path):
 
 
 def test_what_a_format_cannot_say_is_said(tmp_path):
-  spec, params = random_backbone(norm_eps=1e-12, interpolation='area', pool='gap')
+  spec, params = random_backbone(norm_eps=1e-12, pool='gap')
   (remark,) = export.write(tmp_path / 'timm', spec, params, 'timm')
   assert 'norm_eps=1e-06, not 1e-12' in remark
-  pool, interpolation = export.write(tmp_path / 'hf', spec, params, 'transformers')
-  assert "ViTModel does not pool by 'gap'" in pool and "'area'" in interpolation
+  (remark,) = export.write(tmp_path / 'hf', spec, params, 'transformers')
+  assert "ViTModel does not pool by 'gap'" in remark
 
 
 def test_timms_config_keeps_what_is_known_of_the_preprocessing(tmp_path):
@@ -370,10 +370,13 @@ def test_no_half_of_a_file_is_left(tmp_path):
   assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_with_other_weights_stays_as_it_is(tmp_path):
-  (tmp_path / 'pytorch_model.bin').write_bytes(b'old')
-  with pytest.raises(errors.UserError, match=r'other weights already: pytorch_model\.bin'):
-    export.write(tmp_path, *random_backbone(), 'timm')
+@pytest.mark.parametrize('format_', ['timm', 'big_vision'])
+@pytest.mark.parametrize('name', ['model.safetensors', 'model.npz', 'mae.pth', 'config.json'])
+def test_a_folder_with_weights_stays_as_it_is(name, format_, tmp_path):
+  (tmp_path / name).write_bytes(b'old')
+  with pytest.raises(errors.UserError, match=rf'holds {name} already.*another folder'):
+    export.write(tmp_path, *random_backbone(), format_)
+  assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b'old'}
 
 
 def test_what_all_layers_shared_must_still_be_the_same():

@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import struct
+import tracemalloc
 import zipfile
 import zlib
 
@@ -243,6 +244,8 @@ BAD_PICKLES = {
   'huge integer': (b'\x8b' + struct.pack('<i', 8000) + b'\1' * 8000, 'LONG4'),
   'dtype called': (GLOBAL + b')R', 'a call of torch.float32'),
   'result called': (b'})R', 'no function'),
+  'many items': (b']' * (3 * 2**20), 'more than 2,097,152 items'),
+  'many arguments': (b'ctorch\nSize\n(' + b'N' * 9 + b'tR', 'a call with 9 arguments'),
   'attributes of a class': (b'cargparse\nNamespace\n}X\x01\x00\x00\x00aK\x01sb', 'attributes'),
   'object of a class': (b'ccollections\nOrderedDict\n)\x81', 'an object of'),
   'nested key': (b'}' + b')' + b'\x85' * 300_000 + b'K\x01s', 'a dict key of type tuple'),
@@ -275,6 +278,24 @@ def test_endless_nesting_and_a_huge_memo_index_are_harmless(path):
   source = sources.open_source(path)
   assert list(source.tensors) == ['w']
   assert source.metadata['other'] == ['deep', 'memo']
+
+
+@pytest.mark.parametrize('item', [b'N', b'K\x01', b'\x8a\xff' + b'\x01' * 255])
+@pytest.mark.parametrize('call', [b'h\x01h\x00\x85R', b'h\x02(h\x03K\x00h\x00h\x00tR'])
+def test_a_long_list_is_not_copied_again_and_again(call, item):
+  long = b']q\x00(' + item + b'q\x04' + b'h\x04' * 200_000 + b'e'
+  functions = b'ctorch\nSize\nq\x01ctorch._utils\n_rebuild_tensor_v2\nq\x02'
+  storage = b'(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000NK\x01tQq\x03'
+  tracemalloc.start()
+  with pytest.raises(errors.UserError, match='its shape is'):
+    torch_pickle.load(long + functions + storage + b'](' + call * 2000 + b'e.', 'x')
+  assert tracemalloc.get_traced_memory()[1] < 64 * 2**20
+  tracemalloc.stop()
+
+
+def test_sizes_may_be_tuples_or_short_lists():
+  for size in (b'(K\x02K\x03t', b'](K\x02K\x03e'):
+    assert torch_pickle.load(b'ctorch\nSize\n' + size + b'\x85R.', 'x') == (2, 3)
 
 
 def test_truncated_pickles_are_refused(path):
