@@ -24,8 +24,9 @@ def main(*, rng: jax.Array, config: Config, workdir: pathlib.Path, writer: Write
   config = run_config.resolve(config)
   model_cls = models.get_model_cls(config.model_name)
   train = trainer.get_trainer(config.trainer_name)
-  backbone = backbones.find(config.backbone, config_lib.to_dict(config.backbone_configs))
-  dataset = datasets.of_run(config, backbone.spec)
+  # The spec alone: the model opens the backbone itself, and some files are in memory while open.
+  spec = backbones.find(config.backbone, config_lib.to_dict(config.backbone_configs)).spec
+  dataset = datasets.of_run(config, spec)
   train(
     rng=rng,
     config=config,

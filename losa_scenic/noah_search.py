@@ -70,22 +70,22 @@ def search(
   """
   config = run_config.resolve(config)
   model_cls = models.get_model_cls(config.model_name)
-  backbone = backbones.find(config.backbone, config_lib.to_dict(config.backbone_configs))
-  dataset = datasets.of_run(config, backbone.spec)
+  spec = backbones.find(config.backbone, config_lib.to_dict(config.backbone_configs)).spec
+  dataset = datasets.of_run(config, spec)
   if dataset.valid_ds is None:
     raise errors.UserError(
       'The search compares choices on a validation split, and this data has none (train_split '
       "must be 'train')."
     )
-  noah_search.check_ceiling(backbone.spec.depth, backbone.spec.width, settings)
+  noah_search.check_ceiling(spec.depth, spec.width, settings)
   given: Any = {'config': config, 'model_cls': model_cls, 'dataset': dataset, 'rng': rng}
   state, _, _ = trainer.train(**given, workdir=workdir, writer=writer)
   program, _ = build_program(**given)
   started = time.monotonic()
   generations = run(
     functools.partial(accuracy, program, state, dataset),
-    depth=backbone.spec.depth,
-    width=backbone.spec.width,
+    depth=spec.depth,
+    width=spec.width,
     seed=config.rng_seed,
     settings=settings,
   )
@@ -93,7 +93,7 @@ def search(
   content = {
     'widths': dict(zip(noah_supernet.MODULES, choice, strict=True)),
     'valid_accuracy': score,
-    'trainable_params': noah_search.count(choice, backbone.spec.width),
+    'trainable_params': noah_search.count(choice, spec.width),
     'options': options(choice),
     'seconds': time.monotonic() - started,
     'settings': dataclasses.asdict(settings) | {'seed': config.rng_seed},

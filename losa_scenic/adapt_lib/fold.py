@@ -64,7 +64,42 @@ def fold(model: Adapted, params: Params) -> dict[str, Any]:
     errors.UserError: if the method cannot be merged, with the reason.
   """
   check(model.method)
-  tree = encoder.unstack_layers(params) if model.scan else params
+  backbone = _merge(model, encoder.unstack_layers(params) if model.scan else params)
+  return encoder.stack_layers(backbone) if model.scan else backbone
+
+
+def check_model(model: Adapted) -> None:
+  """Raises the `UserError` that `fold` would raise, found out without the weights.
+
+  Random parameters are merged: those of the model, and of one layer of each kind.
+  """
+  check(model.method)
+  if not any(not _only_in_training(make) for make in model.method.inserts.values()):
+    return
+  shapes = model.param_shapes()
+  shapes = jax.eval_shape(encoder.unstack_layers, shapes) if model.scan else shapes
+  inner = sites.split(model.method.inserts)[1]
+  kinds = {
+    frozenset(map(sites.name_of, sites.of_layer(inner, i))): i
+    for i in reversed(range(model.spec.depth))
+  }
+  layers_ = {f'layers_{i}' for i in kinds.values()}
+  backbone = dict(shapes[BACKBONE])
+  backbone['encoder'] = {
+    name: part
+    for name, part in backbone['encoder'].items()
+    if name in layers_ or not name.startswith('layers_')
+  }
+  rng = np.random.default_rng(0)
+  tree = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape, np.float32)),
+    {BACKBONE: backbone, 'shared': shapes.get('shared', {})},
+  )
+  _merge(model, tree)
+
+
+def _merge(model: Adapted, tree: Params) -> dict[str, Any]:
+  """Merges the inserts of the model and of those layers that a tree has, which are unrolled."""
   backbone = jax.tree.map(lambda leaf: leaf, dict(tree[BACKBONE]))
   shared = model.method.shared
   ctx = sites.Ctx(
@@ -76,6 +111,8 @@ def fold(model: Adapted, params: Params) -> dict[str, Any]:
   with jax.default_matmul_precision('highest'):
     _fold_model_sites(backbone, model.spec, _inserts(outer, backbone, ctx))
     for i in range(model.spec.depth):
+      if f'layers_{i}' not in backbone['encoder']:
+        continue
       layer = backbone['encoder'][f'layers_{i}']
       apply = _inserts(sites.of_layer(inner, i), layer, ctx)
       layer['block'] = {
@@ -83,8 +120,7 @@ def fold(model: Adapted, params: Params) -> dict[str, Any]:
         for name, part in layer['block'].items()
       }
       backbone['encoder'][f'layers_{i}'] = _without_inserts(layer)
-  backbone = _without_inserts(backbone)
-  return encoder.stack_layers(backbone) if model.scan else backbone
+  return _without_inserts(backbone)
 
 
 def _only_in_training(make: sites.MakeInsert | sites.PerLayer) -> bool:

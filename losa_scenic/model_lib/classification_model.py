@@ -131,6 +131,13 @@ class ClassificationModel:
     frozen = jax.tree.map(lambda a: jnp.asarray(a, frozen_dtype), frozen)
     return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), trainable), frozen
 
+  def release_weights(self) -> None:
+    """Forgets where the stored weights are, once `init_params` has read them.
+
+    What a file held in memory is free then; the backbone keeps its hash.
+    """
+    self.backbone = self.backbone.released()
+
   def loss_function(
     self, logits: Float[Array, 'b classes'], batch: Batch, model_params: Params | None = None
   ) -> Float[Array, '']:

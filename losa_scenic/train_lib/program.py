@@ -57,7 +57,7 @@ def build_program(
   sharding.check_batch_size('eval_batch_size', config.eval_batch_size, mesh)
   model = model_cls(config, dataset.meta_data)
   if config.export_backbone:
-    fold.check(model.flax_model.method)
+    fold.check_model(model.flax_model)
   _check_inputs(config, dataset, model.backbone.spec)
   total_steps, steps_per_epoch = run_config.number_of_steps(
     config, dataset.meta_data['num_train_examples']
@@ -67,6 +67,7 @@ def build_program(
   init_rng, state_rng = jax.random.split(rng)
   place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
   trainable, frozen = model.init_params(init_rng, place)
+  model.release_weights()
   model_state = model.flax_model.init_model_state()
   state = TrainState.create(trainable, tx, state_rng, model_state)
   state = sharding.replicate(state, mesh)

@@ -37,7 +37,8 @@ def content(
   Accuracies are in [0, 1], `test_accuracy` null if the test split was left out; parameter counts
   are scalars; `trainable_params` leaves out the classifier, whose count is `head_params`;
   `train_images_per_second` covers this process's steps without compilation and evaluation, and is
-  null if it trained fewer than two.
+  null if it trained fewer than two; `backbone_facts` says of a public checkpoint which fields of
+  its spec are from elsewhere than the shapes of its tensors, and from where.
   """
   rest, head = split_head(state.trainable)
   return {
@@ -57,6 +58,9 @@ def content(
       'interpolation': meta_data.get('interpolation', ''),
       'mean': list(model.backbone.spec.mean),
       'std': list(model.backbone.spec.std),
+    },
+    'backbone_facts': {
+      field: origin for field, origin in model.backbone.facts.items() if origin != 'shapes'
     },
     'dataset': _dataset(config),
     'metric': meta_data.get('metric', 'accuracy'),
@@ -82,6 +86,28 @@ def of_training(workdir: pathlib.Path) -> dict[str, Any]:
 def _dataset(config: Config) -> str:
   path = config.dataset_configs.get('path')
   return f'{config.dataset_name}:{pathlib.Path(path).stem}' if path else config.dataset_name
+
+
+def guesses(name: str, backbone: backbones.Backbone) -> str:
+  """A line on what a public checkpoint does not say itself, by convention; '' of other backbones.
+
+  Args:
+    name: of the backbone, as in the config.
+    backbone: the backbone.
+  """
+  if not backbone.facts:
+    return ''
+  values = {field: getattr(backbone.spec, field, None) for field in backbone.facts}
+  guessed = [
+    f'{field} {_text(values[field])}'
+    for field, origin in backbone.facts.items()
+    if origin == 'convention'
+  ]
+  return f'backbone {name}: {backbone.family}; by convention: {", ".join(guessed) or "nothing"}'
+
+
+def _text(value: Any) -> str:
+  return '/'.join(f'{v:g}' for v in value) if isinstance(value, tuple) else str(value)
 
 
 def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:

@@ -108,6 +108,9 @@ def _run(
   save_every = config.checkpoint_steps or program.steps_per_epoch
   bar = progress.Progress(first, total, config.batch_size)
   bar.say(_headline(program, state, config, start))
+  guesses = summary.guesses(config.backbone, program.model.backbone)
+  if guesses:
+    bar.say(guesses)
   pending, train_summary, eval_summary = [], {}, {}
   batches = dataset_utils.iterate(dataset.train_ds, first, total)
   for step, batch in enumerate(batches, start=first + 1):
@@ -143,8 +146,6 @@ def _run(
     eval_summary = _evaluate_finished(program, state, config, dataset)
   writer.flush()
   saver.close()
-  if config.export_backbone:
-    summary.export_backbone(program, state, config, eval_summary)
   content = summary.content(
     program.model, state, program.frozen, config, dataset.meta_data, start, bar, eval_summary
   )
@@ -152,6 +153,8 @@ def _run(
     content |= summary.of_training(workdir)
   workdir_lib.write_json(workdir / 'summary.json', content)
   print(summary.as_table(content, workdir))
+  if config.export_backbone:  # Last: should it fail, everything else is there.
+    summary.export_backbone(program, state, config, eval_summary)
   return state, train_summary, content
 
 

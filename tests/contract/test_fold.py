@@ -9,7 +9,7 @@ import pytest
 from losa_scenic.adapt_lib import fold, inserts, methods
 from losa_scenic.adapt_lib.method import BACKBONE, Method
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import presets
+from losa_scenic.model_lib import presets, sites
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.vit import ViT
 
@@ -100,6 +100,33 @@ def test_unrolled_and_scanned_layers(scan, random_like, make_batch):
     model, random_like(model.param_shapes()), make_batch(2)['inputs']
   )
   np.testing.assert_allclose(after, before, atol=2e-5 * np.abs(before).max())
+
+
+@pytest.mark.parametrize(('method', 'options'), FOLDABLE, ids=str)
+def test_what_can_be_merged_passes_the_check_without_weights(method, options):
+  fold.check_model(adapted(method, options, pool='map'))
+
+
+@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize(
+  ('changes', 'site'),
+  [({'patch_bias': False}, 'patch'), ({'qkv_bias': 'qv'}, 'key'), ({'linear_bias': False}, 'fc1')],
+)
+def test_a_bias_that_the_backbone_has_no_place_for_is_found_without_weights(changes, site, scan):
+  message = f"adds a bias at '({site}|out)', where the backbone has none"
+  with pytest.raises(errors.UserError, match=message):
+    fold.check_model(adapted('ssf', {}, scan=scan, **changes))
+  fold.check_model(adapted('lora', {}, scan=scan, **changes))
+
+
+def test_layers_that_differ_are_all_checked():
+  def only_last(i):
+    return Squared if i == spec.depth - 1 else None
+
+  spec = presets.preset('test/8')
+  method = Method(inserts={'query': sites.PerLayer(only_last)}, unrolled=True)
+  with pytest.raises(errors.UserError, match="'query' is no longer a linear function"):
+    fold.check_model(Adapted(spec, method, 5, scan=False))
 
 
 def test_every_method_can_be_merged_or_says_why_not():

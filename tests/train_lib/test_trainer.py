@@ -1,14 +1,20 @@
 """The train loop as a function: what it asks of a writer, in which order, and what it returns."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
 from losa_scenic import app
+from losa_scenic.common_lib import errors
 from losa_scenic.main import main
-from losa_scenic.train_lib import checkpoints
+from losa_scenic.train_lib import checkpoints, trainer
+from losa_scenic.weights_lib import backbones, checkpoint
+
+GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'backbones'
 
 
 class CluWriter:
@@ -70,3 +76,74 @@ def test_a_clu_writer_is_enough_and_is_flushed_before_each_checkpoint(trained):
   assert summary['test_accuracy'] == writer.rows[-1][1]['test_accuracy']
   assert summary['resumed_from_step'] is None
   assert summary['num_steps'] == 4
+  assert summary['backbone_facts'] == {}
+
+
+@pytest.fixture(scope='module')
+def bare(tmp_path_factory):
+  """A public checkpoint without a config.json."""
+  folder = tmp_path_factory.mktemp('bare')
+  shutil.copy(GOLDEN / 'timm_vit_clip_quickgelu' / 'model.safetensors', folder)
+  return folder
+
+
+def test_a_run_says_what_was_guessed_of_its_backbone(cli, bare, tmp_path):
+  status, printed = cli(
+    f'--config.backbone={bare}',
+    '--config.backbone_configs.activation=quick_gelu',
+    '--config.backbone_configs.heads=2',
+    '--config.method=linear',
+    workdir=tmp_path,
+  )
+  assert status == 0, printed
+  line = next(line for line in printed.splitlines() if line.startswith('backbone '))
+  assert line.startswith(f'backbone {bare}: timm; by convention: ')
+  assert 'mean 0.481455/0.45782' in line and 'norm_eps 1e-05' in line
+  assert 'heads' not in line and 'width' not in line
+  facts = json.loads((tmp_path / 'summary.json').read_text())['backbone_facts']
+  assert facts['heads'] == 'given' and facts['mean'] == 'convention'
+  assert set(facts.values()) == {'given', 'convention'}
+
+
+def test_what_cannot_be_exported_is_said_before_training(cli, bare, tmp_path):
+  status, printed = cli(
+    f'--config.backbone={bare}',
+    '--config.backbone_configs.activation=quick_gelu',
+    '--config.backbone_configs.heads=2',
+    '--config.method=ssf',
+    f'--config.export_backbone={tmp_path / "out.json"}',
+    workdir=tmp_path / 'run',
+  )
+  assert status == 1 and "adds a bias at 'patch'" in printed
+  assert 'loss' not in printed and not (tmp_path / 'run' / 'summary.json').exists()
+
+
+def test_a_summary_is_written_before_an_export_that_fails(cli, tmp_path, monkeypatch):
+  def fails(*_, **__):
+    raise errors.UserError('The disk is full.')
+
+  monkeypatch.setattr(backbones, 'save', fails)
+  status, printed = cli(
+    f'--config.export_backbone={tmp_path / "out.json"}', '--config.method=lora', workdir=tmp_path
+  )
+  assert status == 1 and 'The disk is full.' in printed
+  assert json.loads((tmp_path / 'summary.json').read_text())['num_steps'] == 4
+
+
+def test_weights_are_not_held_during_training(tiny, bare, tmp_path, monkeypatch):
+  held = []
+  original = trainer._run
+
+  def noted(program, *rest):
+    weights = program.model.backbone.weights
+    held.append(isinstance(weights, checkpoint.Checkpoint))
+    return original(program, *rest)
+
+  monkeypatch.setattr(trainer, '_run', noted)
+  overrides = ('activation=quick_gelu', 'heads=2')
+  overrides = [f'--config.backbone_configs.{text}' for text in overrides]
+  overrides += [f'--config.backbone={bare}', '--config.method=linear']
+  config, _ = app.parse(['main', *tiny, *overrides])
+  main(rng=jax.random.key(0), config=config, workdir=tmp_path, writer=CluWriter())
+  assert held == [False]
+  assert json.loads((tmp_path / 'summary.json').read_text())['backbone_sha256']
