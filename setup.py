@@ -38,8 +38,21 @@ setuptools.setup(
     'tqdm',
   ],
   extras_require={
+    'hf': ['datasets>=4'],
+    'tfds': ['array_record', 'tensorflow-datasets>=4.9.9'],
+    'tf': ['tensorflow-cpu', 'tensorflow-datasets>=4.9.9'],
     'gpu': ['jax[cuda12]>=0.10,<0.12'],
     'tpu': ['jax[tpu]>=0.10,<0.12'],
-    'dev': ['beartype', 'hypothesis', 'pyright', 'pytest', 'pytest-xdist', 'ruff'],
+    'dev': [
+      'array_record',
+      'beartype',
+      'datasets>=4',
+      'hypothesis',
+      'pyright',
+      'pytest',
+      'pytest-xdist',
+      'ruff',
+      'tensorflow-datasets>=4.9.9',
+    ],
   },
 )

@@ -1,7 +1,7 @@
 """Every method with its published settings, as a config and as a table.
 
   python -m losa_scenic.main --config=configs/methods.py:lora --config.dataset_name=image_folder \
-      --config.dataset_configs.path=DIR --config.backbone=FILE
+      --config.dataset_configs.root=DIR --config.backbone=FILE
 
 The argument is a method, or several joined by '+'; the recipe is the first one's, also if another
 method is then chosen with --config.method. Where a paper prints nothing, the entry says so. The

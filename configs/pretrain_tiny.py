@@ -1,7 +1,7 @@
 """Makes the packaged backbone: a small ViT at 64 pixels, from scratch on Tiny ImageNet classes.
 
   XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m losa_scenic.main \
-      --config=configs/pretrain_tiny.py --config.dataset_configs.path=tin120_pretrain.npz \
+      --config=configs/pretrain_tiny.py --config.dataset_configs.root=tin120_pretrain.npz \
       --workdir=DIR
 
 Expected: 27.9 % of the 6,000 test images, after half an hour on two CPU cores.

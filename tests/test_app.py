@@ -89,6 +89,16 @@ COMMAND_LINES = {
   'negative shuffle seed': (['--config.shuffle_seed=-1'], ('shuffle_seed', '-1')),
   'no gradient left': (['--config.max_grad_norm=0'], ('max_grad_norm', 'above 0')),
   'crops of nothing': (['--config.augment.min_crop_area=0'], ('augment.min_crop_area',)),
+  'jitter above one': (['--config.augment.color_jitter=2'], ('augment.color_jitter', '2')),
+  'unknown crop filter': (
+    ['--config.augment.interpolation=bicubik'],
+    ("augment.interpolation 'bicubik'", "Did you mean 'bicubic'"),
+  ),
+  'negative workers': (['--config.num_workers=-1'], ('num_workers', 'at least 0')),
+  'unknown option of data': (
+    ['--config.dataset_configs.central_corp=1.0'],
+    ("'dataset_configs.central_corp'", "Did you mean 'dataset_configs.central_crop'"),
+  ),
   'negative mixup': (['--config.augment.mixup_alpha=-1'], ('augment.mixup_alpha', '-1')),
   'smoothing all': (['--config.label_smoothing=1'], ('label_smoothing',)),
   'half a union': (['--config.method=lora+'], ("method ''", 'losa')),

@@ -1,26 +1,55 @@
 """The table of data sets and the one function that builds them from a config."""
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
-from losa_scenic.dataset_lib import dataset_utils, sources
+from losa_scenic.dataset_lib import dataset_utils, detect, resize, sources
+from losa_scenic.dataset_lib.augment import Augment
 from losa_scenic.model_lib.spec import BackboneSpec
 
-# name -> 'module:function'; the module is imported when the set is asked for. The function takes
-# `image_size` and its own options by keyword and returns `sources.Splits`.
+# name -> 'module:function'; the module is imported when it is asked for. The function takes its
+# options by keyword (`image_size` too, if it draws its images) and returns `sources.Splits`.
+_HERE = 'losa_scenic.dataset_lib'
 DATASETS = {
-  'digits': 'losa_scenic.dataset_lib.digits:splits',
-  'image_folder': 'losa_scenic.dataset_lib.image_folder:splits',
-  'image_pack': 'losa_scenic.dataset_lib.image_pack:splits',
-  'sprites': 'losa_scenic.dataset_lib.sprites:splits',
+  'coco': f'{_HERE}.coco:splits',
+  'digits': f'{_HERE}.digits:splits',
+  'hugging_face': f'{_HERE}.hugging_face:splits',
+  'image_folder': f'{_HERE}.image_folder:splits',
+  'image_list': f'{_HERE}.image_list:splits',
+  'image_pack': f'{_HERE}.image_pack:splits',
+  'sprites': f'{_HERE}.sprites:splits',
+  'tar_shards': f'{_HERE}.tar_shards:splits',
+  'tfds': f'{_HERE}.tfds_sets:splits',
+  'tfds_tfrecord': f'{_HERE}.tfds_tfrecord:splits',
+  'vtab': f'{_HERE}.vtab:splits',
 }
+# Finds out what `root` is, see `detect`.
+AUTO = 'auto'
 TRAIN_SPLITS = ('train', 'trainval')
-# Options of `dataset_configs` that every set takes.
-COMMON_OPTIONS = ('image_size', 'metric', 'train_split')
+# Options of `dataset_configs` that every set takes, and their types.
+COMMON_OPTIONS: dict[str, type] = {
+  'cache_gigabytes': float,
+  'central_crop': float,
+  'image_size': int,
+  'interpolation': str,
+  'max_bad_fraction': float,
+  'metric': str,
+  'normalisation': str,
+  'train_split': str,
+}
+# The option `normalisation`: (mean, std) in the place of the backbone's own.
+NORMALISATIONS = {
+  'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+  'inception': ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+  'unit': ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}
 
 
 def get_dataset(name: str) -> Callable[..., sources.Splits]:
@@ -39,6 +68,22 @@ def get_dataset(name: str) -> Callable[..., sources.Splits]:
   return getattr(importlib.import_module(module), function)
 
 
+def option_types() -> dict[str, type]:
+  """Every option of every set and its type (int, float, bool or str).
+
+  Raises:
+    TypeError: if two sets have options of one name and different types.
+  """
+  types = dict(COMMON_OPTIONS)
+  for name in DATASETS:
+    block = config_lib.placeholders(get_dataset(name))
+    for option in block:
+      kind = block.get_type(option)
+      if types.setdefault(option, kind) is not kind:
+        raise TypeError(f"Option {option} of dataset '{name}' has another type elsewhere.")
+  return types
+
+
 def build_dataset(
   name: str,
   *,
@@ -50,23 +95,33 @@ def build_dataset(
   image_size: int,
   interpolation: str = 'bicubic',
   dataset_configs: Mapping[str, Any] | None = None,
+  augment: Mapping[str, Any] | None = None,
+  workers: int = 0,
+  host: int = 0,
+  hosts: int = 1,
 ) -> dataset_utils.Dataset:
   """Builds a data set by name.
 
   Args:
-    name: a key of `DATASETS`.
-    batch_size: training images per batch.
-    eval_batch_size: validation and test images per batch.
+    name: a key of `DATASETS`, or 'auto' for whatever is found at the option `root`.
+    batch_size: training images per batch, of all hosts together.
+    eval_batch_size: validation and test images per batch, of all hosts together.
     num_shards: number of devices that share a batch; it must divide both batch sizes.
-    dtype_str: 'uint8' or 'float32', see `dataset_utils.make_dataset`.
-    shuffle_seed: seed of the training order, at least 0.
+    dtype_str: 'uint8' or 'float32', see `dataset_utils.Pipeline`.
+    shuffle_seed: seed of the training order and of the augmentation, at least 0.
     image_size: side of the images in pixels.
-    interpolation: how sets of images resize them, unless `dataset_configs` says another: a key of
-      `decode.INTERPOLATIONS`.
-    dataset_configs: options; None values count as not given. For every set: `train_split` ('train',
-      or 'trainval' to train on the training and validation images, with no validation left),
-      `metric` ('accuracy' or 'per_class') and `image_size` (in place of the argument). All others
-      are options of the set's own function.
+    interpolation: how they are resized, unless `dataset_configs` says another: one of
+      `resize.INTERPOLATIONS`.
+    dataset_configs: options; None values count as not given. For every set `COMMON_OPTIONS`:
+      `train_split` ('train', or 'trainval' to train on the training and validation images, with no
+      validation left), `metric` ('accuracy' or 'per_class'), `image_size` and `interpolation` (in
+      the place of the arguments), `central_crop` (see `resize.View`), `max_bad_fraction` and
+      `cache_gigabytes` (see `dataset_utils.Pipeline`) and `normalisation`, which is the model's
+      affair (see `run_config.resolve`). All others are options of the set's own function.
+    augment: fields of `augment.Augment`.
+    workers: number of loader processes; 0 for threads.
+    host: number of this host.
+    hosts: number of hosts.
 
   Returns:
     The data set; its fields and `meta_data` are described in `dataset_utils`.
@@ -74,37 +129,63 @@ def build_dataset(
   Raises:
     errors.UserError: for unknown names and options and for values out of range.
   """
-  splits_fn = get_dataset(name)
-  what = f"dataset '{name}'"
-  own = config_lib.to_dict(dataset_configs)
-  known = config_lib.options(splits_fn) | set(COMMON_OPTIONS)
-  for key in own:
-    if key not in known:
-      raise errors.unknown(f'option of {what}', key, known)
-  image_size = own.pop('image_size', image_size)
-  metric = errors.one_of('metric', own.pop('metric', 'accuracy'), dataset_utils.METRICS)
-  train_split = errors.one_of('train_split', own.pop('train_split', 'train'), TRAIN_SPLITS)
-  dataset_utils.check_at_least('image_size', image_size, 1)
+  given = config_lib.to_dict(dataset_configs)
+  common = {key: value for key, value in given.items() if key in COMMON_OPTIONS}
+  if 'normalisation' in common:
+    errors.one_of('normalisation', common['normalisation'], NORMALISATIONS)
   dataset_utils.check_at_least('num_shards', num_shards, 1)
   _check_divisible('batch_size', batch_size, num_shards)
   _check_divisible('eval_batch_size', eval_batch_size, num_shards)
-
-  if 'interpolation' in known:  # Sprites are drawn in the size they have.
-    own.setdefault('interpolation', interpolation)
-  splits = config_lib.build(splits_fn, block=own, what=what, image_size=image_size)
-  if train_split == 'trainval':
-    splits = _train_on_valid(splits, what)
-  return dataset_utils.make_dataset(
-    splits,
+  view = resize.View(
+    common.get('image_size', image_size),
+    common.get('interpolation', interpolation),
+    common.get('central_crop'),
+  )
+  pipeline = dataset_utils.Pipeline(
     batch_size=batch_size,
     eval_batch_size=eval_batch_size,
     shuffle_seed=shuffle_seed,
     dtype_str=dtype_str,
-    image_size=image_size,
-    metric=metric,
-    name=name,
-    interpolation=own.get('interpolation', ''),
+    view=view,
+    augment=config_lib.build(Augment, block=augment, what='augment'),
+    workers=workers,
+    host=host,
+    hosts=hosts,
+    **{k: common[k] for k in ('metric', 'max_bad_fraction', 'cache_gigabytes') if k in common},
   )
+  name, splits = open_splits(name, view.image_size, given)
+  return dataset_utils.make_dataset(splits, pipeline, name)
+
+
+def open_splits(
+  name: str, image_size: int, dataset_configs: Mapping[str, Any] | None = None
+) -> tuple[str, sources.Splits]:
+  """Opens the images of a data set as they are stored.
+
+  Args:
+    name: a key of `DATASETS`, or 'auto' for whatever is found at the option `root`.
+    image_size: for sets that draw their images.
+    dataset_configs: options as for `build_dataset`.
+
+  Returns:
+    Name of the set, and its images; `train_split` is applied.
+
+  Raises:
+    errors.UserError: for unknown names and options and for values out of range.
+  """
+  own = config_lib.to_dict(dataset_configs)
+  if name == AUTO:
+    name = detect.detect(own.get('root'))
+  splits_fn, what = get_dataset(name), f"dataset '{name}'"
+  known = config_lib.options(splits_fn)
+  for key in own:
+    if key not in known | set(COMMON_OPTIONS):
+      raise errors.unknown(f'option of {what}', key, known | set(COMMON_OPTIONS))
+  train_split = errors.one_of('train_split', own.get('train_split', 'train'), TRAIN_SPLITS)
+  drawn = {'image_size': image_size} if 'image_size' in known else {}
+  block = {key: value for key, value in own.items() if key not in COMMON_OPTIONS}
+  splits = config_lib.build(splits_fn, block=block, what=what, **drawn)
+  return name, _train_on_valid(splits, what) if train_split == 'trainval' else splits
 
 
 def _train_on_valid(splits: sources.Splits, what: str) -> sources.Splits:
@@ -112,8 +193,8 @@ def _train_on_valid(splits: sources.Splits, what: str) -> sources.Splits:
     raise errors.UserError(
       f"train_split 'trainval': {what} has no validation images to add; use 'train'."
     )
-  train = sources.concat([splits.train, splits.valid])
-  return sources.Splits(train, None, splits.test, splits.class_names)
+  train = sources.Concat([splits.train, splits.valid])
+  return dataclasses.replace(splits, train=train, valid=None)
 
 
 def _check_divisible(option: str, batch_size: int, num_shards: int) -> None:
@@ -145,4 +226,8 @@ def of_run(config: Config, spec: BackboneSpec) -> dataset_utils.Dataset:
     image_size=spec.image_size,
     interpolation=spec.interpolation,
     dataset_configs=config.dataset_configs,
+    augment=config.augment,
+    workers=config.num_workers,
+    host=jax.process_index(),
+    hosts=jax.process_count(),
   )

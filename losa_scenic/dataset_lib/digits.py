@@ -8,39 +8,27 @@ images, the sizes of VTAB-1k, is ours: fixed, and with equal class shares in all
 import numpy as np
 from sklearn import datasets as sklearn_datasets
 
-from losa_scenic.dataset_lib import decode, sources
+from losa_scenic.dataset_lib import sources
 
 NUM_TRAIN = 800
 NUM_VALID = 200
 NUM_CLASSES = 10
 
 
-def splits(*, image_size: int, interpolation: str = 'bicubic') -> sources.Splits:
-  """Loads the digits, enlarged to RGB images (ink white on black).
-
-  Args:
-    image_size: side of the images in pixels.
-    interpolation: how they are resized, a key of `decode.INTERPOLATIONS`.
+def splits() -> sources.Splits:
+  """Loads the digits as RGB images of 8x8 pixels (ink white on black).
 
   Returns:
     800 / 200 / 797 images in memory.
   """
   digits = sklearn_datasets.load_digits()
   grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # The set counts ink as 0..16.
-  images = np.stack(
-    [
-      decode.resize(np.repeat(image[..., None], 3, axis=-1), image_size, interpolation)
-      for image in grey
-    ]
-  )
+  images = np.repeat(grey[..., None], 3, axis=-1)
   order = _stratified_order(digits.target)
   parts = np.split(order, [NUM_TRAIN, NUM_TRAIN + NUM_VALID])
   train, valid, test = (
     sources.ArraySource(
-      images[part],
-      digits.target[part],
-      [f'digits[{i}]' for i in part],
-      num_classes=NUM_CLASSES,
+      images[part], digits.target[part], 'digits', num_classes=NUM_CLASSES, numbers=part
     )
     for part in parts
   )

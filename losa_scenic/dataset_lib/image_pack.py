@@ -1,6 +1,6 @@
 """An image pack: one `.npz` file with encoded images, labels and a fixed split.
 
-  blob     uint8 [bytes]   all encoded images (JPEG, PNG or WebP), one after another
+  blob     uint8 [bytes]   all encoded images, one after another
   offsets  int64 [n + 1]   image i is blob[offsets[i]:offsets[i + 1]]
   label    integer [n]     class of each image, 0..k-1
   split    integer [n]     0 train, 1 validation, 2 test
@@ -16,64 +16,73 @@ import zlib
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import decode, sources
+from losa_scenic.dataset_lib import sources
 
 # key -> kinds of numpy types it may have.
 _KEYS = {'blob': 'u', 'offsets': 'iu', 'label': 'iu', 'split': 'iu', 'classes': 'U'}
 _TRAIN, _VALID, _TEST = 0, 1, 2
 
 
-def splits(
-  *,
-  image_size: int,
-  interpolation: str = 'bicubic',
-  path: str | None = None,
-  max_gigabytes: float = 16.0,
-) -> sources.Splits:
-  """Reads a pack and decodes all images into memory.
+class PackSource:
+  """The encoded images of a pack that belong to one part of it."""
+
+  def __init__(self, file: pathlib.Path, pack: dict[str, np.ndarray], members: np.ndarray) -> None:
+    """Copies the bytes of its own images alone: loader processes get one part, not the file.
+
+    Args:
+      file: of the pack, for messages.
+      pack: the checked arrays.
+      members: positions [n] in the pack.
+    """
+    self.file, self.members = str(file), members
+    starts, stops = pack['offsets'][members], pack['offsets'][members + 1]
+    self._images = [
+      pack['blob'][start:stop].tobytes() for start, stop in zip(starts, stops, strict=True)
+    ]
+    self._labels = pack['label'][members]
+
+  def __len__(self) -> int:
+    """Number of images."""
+    return len(self.members)
+
+  def __getitem__(self, index: int) -> sources.Record:
+    """See `Source`."""
+    name = f'{self.file}, image {self.members[index]}'
+    return sources.Record(self._images[index], int(self._labels[index]), name)
+
+
+def splits(*, root: str | None = None) -> sources.Splits:
+  """Reads a pack.
 
   Args:
-    image_size: side of the images in pixels.
-    interpolation: how they are resized, a key of `decode.INTERPOLATIONS`.
-    path: the `.npz` file; required.
-    max_gigabytes: more memory than this for the decoded images is refused.
+    root: the `.npz` file; required.
 
   Returns:
-    The images in memory; no validation split if no image belongs to it.
+    The encoded images in memory; no validation split if no image belongs to it.
 
   Raises:
     errors.UserError: naming the file, and what in it is missing or wrong.
   """
-  if not path:
+  if not root:
     raise errors.UserError(
-      "Dataset 'image_pack' needs the .npz file: --config.dataset_configs.path=FILE."
+      "Dataset 'image_pack' needs the .npz file: --config.dataset_configs.root=FILE."
     )
-  file = pathlib.Path(path).expanduser()
+  file = pathlib.Path(root).expanduser()
   pack = _read(file)
   _check(file, pack)
-  gigabytes = len(pack['label']) * image_size**2 * 3 / 1e9
-  if gigabytes > max_gigabytes:
-    raise errors.UserError(
-      f'{file}: its {len(pack["label"]):,} images of {image_size} x {image_size} pixels would '
-      f'take {gigabytes:.1f} GB of memory, more than max_gigabytes = {max_gigabytes:g}: choose a '
-      'smaller image_size or raise --config.dataset_configs.max_gigabytes.'
-    )
-
-  def source(part: int) -> sources.ArraySource:
-    members = np.flatnonzero(pack['split'] == part)
-    return _decoded(file, pack, members, image_size, interpolation)
-
+  parts = [PackSource(file, pack, np.flatnonzero(pack['split'] == part)) for part in range(3)]
   return sources.Splits(
-    train=source(_TRAIN),
-    valid=source(_VALID) if np.any(pack['split'] == _VALID) else None,
-    test=source(_TEST),
+    train=parts[_TRAIN],
+    valid=parts[_VALID] if len(parts[_VALID]) else None,
+    test=parts[_TEST],
     class_names=tuple(pack['classes'].tolist()),
+    about=(f'image pack {file}',),
   )
 
 
 def _read(file: pathlib.Path) -> dict[str, np.ndarray]:
   if not file.is_file():
-    raise errors.UserError(f'{file}: there is no such file (--config.dataset_configs.path).')
+    raise errors.UserError(f'{file}: there is no such file (--config.dataset_configs.root).')
   try:
     archive = np.load(file, allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -122,23 +131,3 @@ def _check(file: pathlib.Path, pack: dict[str, np.ndarray]) -> None:
   for part, name in ((_TRAIN, 'training (0)'), (_TEST, 'test (2)')):
     if not np.any(pack['split'] == part):
       raise errors.UserError(f"{file}: 'split' marks no image as {name}.")
-
-
-def _decoded(
-  file: pathlib.Path,
-  pack: dict[str, np.ndarray],
-  members: np.ndarray,
-  image_size: int,
-  interpolation: str,
-) -> sources.ArraySource:
-  blob, offsets = pack['blob'], pack['offsets']
-  ids = [f'{file}, image {i}' for i in members]
-  images = np.empty((len(members), image_size, image_size, 3), np.uint8)
-
-  def load(position: int) -> None:
-    start, stop = offsets[members[position]], offsets[members[position] + 1]
-    encoded = blob[start:stop].tobytes()
-    images[position] = decode.decode(encoded, ids[position], image_size, interpolation)
-
-  sources.parallel(load, len(members))
-  return sources.ArraySource(images, pack['label'][members], ids, num_classes=len(pack['classes']))

@@ -1,44 +1,64 @@
-"""Random access to labelled images: in memory, in files, or several sources one after another.
+"""Random access to labelled images, the one interface that every data set stands behind.
 
-A source answers for a whole batch of positions at once, so that a set held in memory costs one
-gather per batch and not one Python call per image (google/grain#1164).
+A source says what is at a position, as it is stored: encoded bytes or pixels of any size. Decoding,
+resizing, augmentation and batching are the pipeline's (`loader`, `dataset_utils`).
 """
 
 import dataclasses
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from concurrent import futures
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import decode
 
-_DECODE_THREADS = min(8, os.cpu_count() or 1)
+
+class Record(NamedTuple):
+  """One labelled image.
+
+  Attributes:
+    image: an encoded file, or pixels uint8 [h, w, 3], red first.
+    label: class id.
+    id: its name in messages: a path, or a set and a position.
+  """
+
+  image: bytes | np.ndarray
+  label: int
+  id: str
+
+
+class BadImage(errors.UserError):
+  """An image that cannot be read. In its place stands its neighbour (see `loader`).
+
+  Attributes:
+    id: the image's name.
+    reason: what is wrong with it.
+  """
+
+  def __init__(self, id: str, reason: str) -> None:
+    """Keeps both parts; the message is 'id: reason.'."""
+    super().__init__(f'{id}: {reason}.')
+    self.id, self.reason = id, reason
+
+  def __reduce__(self):
+    """Pickles with both parts: loader processes raise it too."""
+    return type(self), (self.id, self.reason)
 
 
 class Source(Protocol):
-  """Labelled images by position."""
-
-  @property
-  def ids(self) -> Sequence[str]:
-    """One name per image, for messages."""
-    ...
+  """Labelled images by position. It must pickle: loader processes get a copy."""
 
   def __len__(self) -> int:
     """Number of images."""
     ...
 
-  def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Images and labels at these positions, as new arrays.
+  def __getitem__(self, index: int) -> Record:
+    """The image at a position in [0, len(self)); safe to call from several threads.
 
-    Args:
-      indices: integers [b] in [0, len(self)).
-
-    Returns:
-      images uint8 [b, h, w, 3] and labels int32 [b].
+    Raises:
+      BadImage: if this image cannot be had, while others may.
     """
     ...
 
@@ -52,198 +72,201 @@ class Splits:
     valid: images to choose settings with; None if the set has none.
     test: images to report on.
     class_names: one name per class, in the order of the labels.
+    about: what was found where, one short line each, for the start of a run.
   """
 
   train: Source
   valid: Source | None
   test: Source
   class_names: tuple[str, ...]
+  about: tuple[str, ...] = ()
 
 
 class ArraySource:
-  """Images held in memory.
+  """Images held in memory as pixels.
 
   Attributes:
-    images: uint8 [n, h, w, 3].
+    images: uint8 [n, h, w, 3], or n arrays uint8 [h, w, 3] of different sizes.
     labels: int32 [n] in [0, num_classes).
-    ids: n names.
+    name: of the set; image i is 'name[i]'.
+    numbers: the i of each image.
   """
 
   def __init__(
-    self, images: np.ndarray, labels: np.ndarray, ids: Sequence[str], *, num_classes: int
+    self,
+    images: np.ndarray | Sequence[np.ndarray],
+    labels: Sequence[int] | np.ndarray,
+    name: str,
+    *,
+    num_classes: int,
+    numbers: Sequence[int] | np.ndarray | None = None,
   ) -> None:
     """Checks and keeps the arrays, without copying the images.
 
     Args:
-      images: uint8 [n, h, w, 3].
+      images: uint8 [n, h, w, 3], or n arrays uint8 [h, w, 3].
       labels: integers [n] in [0, num_classes).
-      ids: n names.
+      name: of the set, for messages.
       num_classes: number of classes.
+      numbers: what to call the images instead of 0..n-1.
 
     Raises:
       errors.UserError: for a label out of range, naming the image.
       ValueError: for shapes or types that do not fit.
     """
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-      raise ValueError(f'Images must be uint8 [n, h, w, 3], not {images.dtype} {images.shape}.')
-    self.images = images
-    self.labels = _checked_labels(labels, ids, len(images), num_classes)
-    self.ids = ids
+    for image in [images] if isinstance(images, np.ndarray) else images:
+      if image.dtype != np.uint8 or image.shape[-1:] != (3,):
+        raise ValueError(f'Images must be uint8 [.., h, w, 3], not {image.dtype} {image.shape}.')
+    self.images, self.name = images, name
+    self.numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
+    self.labels = checked_labels(
+      labels, len(images), num_classes, lambda i: f'{name}[{self.numbers[i]}]'
+    )
 
   def __len__(self) -> int:
     """Number of images."""
     return len(self.images)
 
-  def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """See `Source.fetch`."""
-    # `take` copies rows three times as fast as `images[indices]`.
-    return self.images.take(indices, axis=0), self.labels.take(indices)
+  def __getitem__(self, index: int) -> Record:
+    """See `Source`."""
+    return Record(
+      self.images[index], int(self.labels[index]), f'{self.name}[{self.numbers[index]}]'
+    )
 
 
 class FileSource:
-  """Images in files, decoded each time they are fetched.
+  """Images in files, read each time they are asked for.
 
   Attributes:
-    paths: the files.
+    root: the folder that the files' names are relative to.
+    files: the names.
     labels: int32 [n] in [0, num_classes).
-    ids: the files' names in messages.
-    image_size: side of the decoded images in pixels.
-    interpolation: how they are resized.
   """
 
   def __init__(
     self,
-    paths: Sequence[str | os.PathLike[str]],
+    root: str | os.PathLike[str],
+    files: Sequence[str],
     labels: Sequence[int] | np.ndarray,
-    image_size: int,
     *,
     num_classes: int,
-    interpolation: str = 'bicubic',
   ) -> None:
-    """Keeps the paths; opens nothing.
+    """Keeps the names; opens nothing.
 
     Args:
-      paths: n image files of the formats of `decode`.
+      root: a folder.
+      files: n names relative to it, with '/'.
       labels: integers [n] in [0, num_classes).
-      image_size: side of the decoded images in pixels.
       num_classes: number of classes.
-      interpolation: a key of `decode.INTERPOLATIONS`.
 
     Raises:
-      errors.UserError: for a label out of range, naming the file.
+      errors.UserError: for a label out of range or a file outside `root`, naming the file.
     """
-    self.interpolation = interpolation
-    self.paths = [pathlib.Path(path) for path in paths]
-    self.ids = [str(path) for path in self.paths]
-    self.labels = _checked_labels(labels, self.ids, len(self.paths), num_classes)
-    self.image_size = image_size
+    self.root, self.files = pathlib.Path(root), list(files)
+    for file in self.files:
+      check_inside(file, self.root)
+    self.labels = checked_labels(labels, len(self.files), num_classes, lambda i: self.files[i])
 
   def __len__(self) -> int:
     """Number of files."""
-    return len(self.paths)
+    return len(self.files)
 
-  def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """See `Source.fetch`.
+  def __getitem__(self, index: int) -> Record:
+    """See `Source`."""
+    path = os.path.join(self.root, self.files[index])
+    try:
+      with open(path, 'rb') as file:
+        return Record(file.read(), int(self.labels[index]), path)
+    except OSError as error:
+      raise BadImage(path, f'cannot be read ({error.strerror})') from error
+
+
+class Subset:
+  """Some images of a source, in a given order."""
+
+  def __init__(self, source: Source, indices: Sequence[int] | np.ndarray) -> None:
+    """Keeps the source and the positions.
+
+    Args:
+      source: any source.
+      indices: integers [n] in [0, len(source)).
 
     Raises:
-      errors.UserError: for a file that is gone or cannot be decoded, naming it.
+      IndexError: for positions out of range.
     """
-    labels = self.labels.take(indices)
-    images = np.empty((len(labels), self.image_size, self.image_size, 3), np.uint8)
-
-    def load(position: int) -> None:
-      images[position] = self._load(int(indices[position]))
-
-    parallel(load, len(labels))
-    return images, labels
-
-  def _load(self, index: int) -> np.ndarray:
-    try:
-      encoded = self.paths[index].read_bytes()
-    except OSError as error:
-      raise errors.UserError(f'{self.ids[index]}: cannot be read ({error.strerror}).') from error
-    return decode.decode(encoded, self.ids[index], self.image_size, self.interpolation)
-
-
-class _ConcatSource:
-  """Several sources, one after another."""
-
-  def __init__(self, parts: Sequence[Source]) -> None:
-    self._parts = tuple(parts)
-    self._starts = np.cumsum([0] + [len(part) for part in parts])
-    self.ids = [name for part in parts for name in part.ids]
+    self.source, self.indices = source, np.asarray(indices, np.int64)
+    if len(self.indices) and not 0 <= self.indices.min() <= self.indices.max() < len(source):
+      raise IndexError(f'Positions must lie in [0, {len(source)}).')
 
   def __len__(self) -> int:
+    """Number of images."""
+    return len(self.indices)
+
+  def __getitem__(self, index: int) -> Record:
+    """See `Source`."""
+    return self.source[int(self.indices[index])]
+
+
+class Concat:
+  """Several sources, one after another, e.g. training and validation images."""
+
+  def __init__(self, parts: Sequence[Source]) -> None:
+    """Keeps the parts; nothing is copied.
+
+    Args:
+      parts: at least one source.
+
+    Raises:
+      ValueError: without parts.
+    """
+    if not parts:
+      raise ValueError('Concat needs at least one source.')
+    self.parts = tuple(parts)
+    self._starts = np.cumsum([0] + [len(part) for part in self.parts])
+
+  def __len__(self) -> int:
+    """Number of images."""
     return int(self._starts[-1])
 
-  def fetch(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    indices = np.asarray(indices)
-    if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
+  def __getitem__(self, index: int) -> Record:
+    """See `Source`."""
+    if not 0 <= index < len(self):
       raise IndexError(f'Positions must lie in [0, {len(self)}).')
-    of_part = np.searchsorted(self._starts, indices, side='right') - 1
-    images, labels = None, np.zeros(len(indices), np.int32)
-    for number, part in enumerate(self._parts):
-      places = np.flatnonzero(of_part == number)
-      if not len(places):
-        continue
-      found, labels[places] = part.fetch(indices[places] - self._starts[number])
-      if images is None:
-        images = np.empty((len(indices), *found.shape[1:]), np.uint8)
-      images[places] = found
-    if images is None:  # No positions: the first part knows the image shape.
-      return self._parts[0].fetch(indices)
-    return images, labels
+    part = int(np.searchsorted(self._starts, index, side='right')) - 1
+    return self.parts[part][index - int(self._starts[part])]
 
 
-def concat(parts: Sequence[Source]) -> Source:
-  """Joins sources of the same classes and image size, e.g. training and validation images.
-
-  Args:
-    parts: at least one source.
-
-  Returns:
-    A source over the images of all parts, in the order of the parts; nothing is copied.
-
-  Raises:
-    ValueError: without parts.
-  """
-  if not parts:
-    raise ValueError('concat() needs at least one source.')
-  return parts[0] if len(parts) == 1 else _ConcatSource(parts)
+def check_inside(file: str, root: str | os.PathLike[str]) -> None:
+  """Raises `UserError` if a file's name leads out of the folder it is relative to."""
+  if os.path.isabs(file) or '..' in file.replace('\\', '/').split('/') or '\0' in file:
+    raise errors.UserError(f'{file!r}: a path outside of {root} is refused.')
 
 
-def parallel(work: Callable[[int], object], count: int) -> None:
-  """Calls `work(0)` ... `work(count - 1)` in a small thread pool.
-
-  Args:
-    work: a function of a position; its result is dropped.
-    count: number of calls.
-
-  Raises:
-    Exception: what the first failing position raised; positions not yet begun are skipped.
-  """
-  if count < 2 or _DECODE_THREADS < 2:
-    for position in range(count):
-      work(position)
-    return
-  with futures.ThreadPoolExecutor(_DECODE_THREADS) as pool:
-    for _ in pool.map(work, range(count)):
-      pass
-
-
-def _checked_labels(
-  labels: Sequence[int] | np.ndarray, ids: Sequence[str], count: int, num_classes: int
+def checked_labels(
+  labels: Sequence[int] | np.ndarray,
+  count: int,
+  num_classes: int,
+  name_of: Callable[[int], str],
 ) -> np.ndarray:
+  """Labels as int32 [count].
+
+  Args:
+    labels: integers [count].
+    count: number of images.
+    num_classes: the labels must lie in [0, num_classes).
+    name_of: position -> name of the image, for messages.
+
+  Raises:
+    errors.UserError: for a label out of range, naming the image.
+    ValueError: if they are not `count` integers.
+  """
   labels = np.asarray(labels, dtype=None if len(labels) else np.int32)
-  if labels.shape != (count,) or len(ids) != count or labels.dtype.kind not in 'iu':
-    raise ValueError(
-      f'{count} images need as many integer labels and ids, not labels {labels.dtype} '
-      f'{labels.shape} and {len(ids)} ids.'
-    )
+  if labels.shape != (count,) or labels.dtype.kind not in 'iu':
+    raise ValueError(f'{count} images need as many integers, not {labels.dtype} {labels.shape}.')
   wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
   if len(wrong):
     raise errors.UserError(
-      f'{ids[wrong[0]]}: label {labels[wrong[0]]} is outside 0..{num_classes - 1} '
+      f'{name_of(wrong[0])}: label {labels[wrong[0]]} is outside 0..{num_classes - 1} '
       f'({num_classes} classes).'
     )
   return labels.astype(np.int32)

@@ -69,9 +69,10 @@ def splits(
   def source(start: int, count: int) -> sources.ArraySource:
     indices = chosen[start : start + count]
     rows = factors(indices)
-    ids = [f'sprites[{index}]' for index in indices]
     labels = bins(rows[:, column], FACTOR_SIZES[column])
-    return sources.ArraySource(render(rows, image_size), labels, ids, num_classes=NUM_BINS)
+    return sources.ArraySource(
+      render(rows, image_size), labels, 'sprites', num_classes=NUM_BINS, numbers=indices
+    )
 
   return sources.Splits(
     train=source(0, num_train),

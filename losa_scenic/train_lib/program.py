@@ -13,7 +13,7 @@ from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.train_lib import augment, lr_schedules, optimizers, run_config, sharding, steps
+from losa_scenic.train_lib import lr_schedules, optimizers, run_config, sharding, steps
 from losa_scenic.train_lib.state import TrainState
 
 
@@ -78,9 +78,6 @@ def build_program(
     loss_fn=model.loss_function,
     metrics_fn=model.get_metrics_fn_jit('train'),
     tx=tx,
-    augment=augment.make_augment(
-      config.augment, model.backbone.spec, dataset.meta_data['num_classes']
-    ),
   )
   eval_step = functools.partial(
     steps.eval_step,

@@ -3,10 +3,12 @@
 import datetime
 import sys
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import tqdm
+
+T = TypeVar('T')
 
 
 class Progress:
@@ -20,12 +22,25 @@ class Progress:
     self._total, self._batch_size, self._every = total, batch_size, seconds_between_lines
     self._loss = '-'
     self._steps, self._seconds, self._since = 0, 0.0, None
+    self._waited = 0.0
     self._last_line = time.monotonic()
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(
         total=total, initial=start, unit='step', dynamic_ncols=True, file=sys.stderr
       )
+
+  def timed(self, batches: Iterator[T]) -> Iterator[T]:
+    """Hands batches on, and counts how long the run waits for them."""
+    while True:
+      asked = time.monotonic()
+      try:
+        batch = next(batches)
+      except StopIteration:
+        return
+      if self._since is not None:
+        self._waited += time.monotonic() - asked
+      yield batch
 
   def step(self) -> None:
     """One more step is done."""
@@ -42,7 +57,7 @@ class Progress:
       self._last_line = now
       left = (self._total - step) / self.steps_per_second if self._steps else 0
       self.say(
-        f'step {step}/{self._total}  loss {self._loss}  {self.images_per_second:.0f} images/s  '
+        f'step {step}/{self._total}  loss {self._loss}  {self._speed()}  '
         f'{datetime.timedelta(seconds=round(left))} left'
       )
 
@@ -63,7 +78,7 @@ class Progress:
     """The latest loss that was logged."""
     self._loss = f'{value:.4f}'
     if self._bar is not None:
-      self._bar.set_postfix_str(f'loss {self._loss}, {self.images_per_second:.0f} images/s')
+      self._bar.set_postfix_str(f'loss {self._loss}, {self._speed()}')
 
   def say(self, text: str) -> None:
     """Prints a line without spoiling the bar."""
@@ -75,13 +90,25 @@ class Progress:
   @property
   def steps_per_second(self) -> float:
     """Mean speed of training so far; 0 before it is known."""
-    seconds = self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
-    return self._steps / seconds if self._steps else 0.0
+    return self._steps / self._trained() if self._steps else 0.0
 
   @property
   def images_per_second(self) -> float:
     """Mean speed of training so far, all devices together; 0 before it is known."""
     return self.steps_per_second * self._batch_size
+
+  @property
+  def input_wait(self) -> float:
+    """Share of the training time so far that was spent waiting for batches; in [0, 1]."""
+    return self._waited / self._trained() if self._steps else 0.0
+
+  def _trained(self) -> float:
+    """Seconds of training that count."""
+    return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
+
+  def _speed(self) -> str:
+    waiting = f', waits {self.input_wait:.0%} for data' if self.input_wait >= 0.02 else ''
+    return f'{self.images_per_second:.0f} images/s{waiting}'
 
   def close(self) -> None:
     """Ends the bar and the clock."""

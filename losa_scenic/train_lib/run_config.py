@@ -4,6 +4,7 @@ A config file does `config = run_config.default_config()`, sets fields and retur
 locked, so a misspelt field is an error at once. None means 'not given'.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,6 +16,8 @@ from losa_scenic.adapt_lib import methods
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
+from losa_scenic.dataset_lib import datasets
+from losa_scenic.dataset_lib.augment import Augment
 from losa_scenic.model_lib import spec
 from losa_scenic.train_lib import lr_schedules, optimizers
 
@@ -26,38 +29,20 @@ def _options(**types: type) -> Config:
 def default_config() -> Config:
   """The schema; field names are Scenic's where Scenic has the field."""
   c = ml_collections.ConfigDict()
-  c.rng_seed = 0  # seeds the parameters and the augmentation
-  c.shuffle_seed = config_dict.placeholder(int)  # seeds the order of the data; rng_seed if None
+  c.rng_seed = 0  # seeds the parameters
+  # Seeds the order of the data and the augmentation; rng_seed if None.
+  c.shuffle_seed = config_dict.placeholder(int)
 
-  # Data. Options that the chosen dataset does not take are an error if given.
-  c.dataset_name = 'digits'
+  # Data. The options of all sets (`datasets`); one that the chosen set does not take is an error.
+  c.dataset_name = 'digits'  # 'auto': whatever is found at dataset_configs.root
   c.data_dtype_str = 'uint8'  # or 'float32': scaled to [-1, 1] on the host
-  c.dataset_configs = _options(
-    interpolation=str,  # of sets of images; the backbone's if not given
-    path=str,  # image_folder, image_pack
-    max_gigabytes=float,  # image_pack: more memory for the decoded images is refused
-    train_split=str,  # 'train' or 'trainval'
-    metric=str,  # 'accuracy' or 'per_class'
-    image_size=int,  # the backbone's if None
-    label=str,  # sprites: 'x_position' or 'orientation'
-    num_train=int,  # sprites
-    num_val=int,  # sprites
-    num_test=int,  # sprites
-    seed=int,  # sprites
-    val_fraction=float,  # image_folder without val/
-    test_fraction=float,  # image_folder without test/
-    split_seed=int,  # image_folder
-  )
+  c.dataset_configs = _options(**datasets.option_types())
+  c.num_workers = 0  # loader processes; 0: threads, which pay where decoding is most of the work
   c.batch_size = 64  # of all devices together
   c.eval_batch_size = config_dict.placeholder(int)  # batch_size if None
 
-  # Augmentation, on the device.
-  c.augment = ml_collections.ConfigDict()
-  c.augment.min_crop_area = 1.0  # random resized crops of at least this share; 1 = no crops
-  c.augment.flip = False  # left-right
-  c.augment.color_jitter = 0.0  # brightness, contrast, saturation by up to this share
-  c.augment.mixup_alpha = 0.0  # Beta(alpha, alpha); 0 = off
-  c.augment.cutmix_alpha = 0.0  # with both on, each batch draws one of them
+  # What is drawn at random in training: fields of `augment.Augment`, all off.
+  c.augment = ml_collections.ConfigDict(dataclasses.asdict(Augment()))
 
   # Model.
   c.model_name = 'classification'
@@ -118,7 +103,7 @@ def default_config() -> Config:
 
 
 # Fields that may differ when a run is continued: they do not change what is computed.
-MAY_CHANGE = ('max_checkpoint_keep', 'eval_batch_size', 'export_backbone')
+MAY_CHANGE = ('max_checkpoint_keep', 'eval_batch_size', 'export_backbone', 'num_workers')
 
 
 def check(config: Config) -> None:
@@ -140,6 +125,7 @@ def check(config: Config) -> None:
     config_lib.to_dict(config.optimizer_configs),
   )
   lr_schedules.check(config_lib.to_dict(config.lr_configs))
+  _at_least('num_workers', config.num_workers, 0)
   for field in ('batch_size', 'log_summary_steps', 'max_checkpoint_keep'):
     _at_least(field, config[field], 1)
   for field in ('eval_batch_size', 'log_eval_steps', 'checkpoint_steps', 'num_training_steps'):
@@ -154,11 +140,7 @@ def check(config: Config) -> None:
   if config.shuffle_seed is not None:
     _at_least('shuffle_seed', config.shuffle_seed, 0)
   _at_least('rng_seed', config.rng_seed, 0)
-  augment = config.augment
-  if not 0 < augment.min_crop_area <= 1:
-    raise errors.UserError(f'augment.min_crop_area must be in (0, 1]: {augment.min_crop_area}.')
-  for field in ('color_jitter', 'mixup_alpha', 'cutmix_alpha'):
-    _at_least(f'augment.{field}', augment[field], 0)
+  Augment(**config.augment)
   if not 0 <= config.label_smoothing < 1:
     raise errors.UserError(f'label_smoothing must be in [0, 1): {config.label_smoothing}.')
 
@@ -198,10 +180,28 @@ def resolve(config: Config) -> Config:
       f'Give lr_configs.base_learning_rate or method_learning_rates.{names[0]}.'
     )
   config.backbone_configs = config_lib.to_dict(config.backbone_configs)
+  _apply_normalisation(config)
   # What belongs to other methods is not part of this run.
   config.method_configs = {name: config.method_configs.get(name) or {} for name in names}
   config.method_learning_rates = {}
   return config.lock()
+
+
+def _apply_normalisation(config: Config) -> None:
+  """Writes what `dataset_configs.normalisation` means into `backbone_configs`."""
+  name = config.dataset_configs.get('normalisation')
+  if name is None:
+    return
+  values = datasets.NORMALISATIONS[
+    errors.one_of('dataset_configs.normalisation', name, datasets.NORMALISATIONS)
+  ]
+  for field, value in zip(('mean', 'std'), values, strict=True):
+    if tuple(config.backbone_configs.get(field) or value) != value:
+      raise errors.UserError(
+        f"dataset_configs.normalisation '{name}' and backbone_configs.{field} "
+        f'{config.backbone_configs[field]} contradict each other: give one of them.'
+      )
+    config.backbone_configs[field] = value
 
 
 def number_of_steps(config: Config, num_train_examples: int) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from losa_scenic.train_lib.state import TrainState
 
 LossFn = Callable[[Array, Batch], Array]
 MetricsFn = Callable[[Array, Batch], Metrics]
-AugmentFn = Callable[[Array, Batch], Batch]
 
 
 def train_step(
@@ -26,30 +25,26 @@ def train_step(
   loss_fn: LossFn,
   metrics_fn: MetricsFn,
   tx: optax.GradientTransformation,
-  augment: AugmentFn | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
   """One step of training.
 
   Args:
     state: before the step.
     frozen: the parameters that never change; no gradient is ever taken with respect to them.
-    batch: 'inputs' [b h w 3], 'label', 'batch_mask'.
+    batch: 'inputs' [b h w 3], 'label', 'batch_mask'; where images are mixed also 'partner_label'
+      and 'label_share'.
     flax_model: the adapted model.
     loss_fn: `loss_fn(logits, batch)` -> scalar that is minimised, with the method's penalty if it
       has one.
     metrics_fn: `metrics_fn(logits, batch)` -> {name: (sum, normalizer)}.
     tx: the optimizer over the trainable tree.
-    augment: `augment(rng, batch)` -> batch, or None.
 
   Returns:
     The state after the step, and metrics: those of `metrics_fn`, 'loss' replaced by the minimised
     one, plus the norms 'l2_grads' (before clipping), 'l2_updates' and 'l2_params'.
   """
-  rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.global_step)
-  augment_rng, dropout_rng = jax.random.split(rng)
-  if augment is not None:
-    batch = augment(augment_rng, batch)
-
+  dropout_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.global_step)
+  batch = with_mixed_labels(batch, flax_model.num_classes)
   penalty = flax_model.method.penalty
 
   def loss_and_logits(trainable: Params) -> tuple[Array, tuple[Array, Any]]:
@@ -82,6 +77,23 @@ def train_step(
     opt_state=opt_state,
     model_state=model_state,
   ), metrics
+
+
+def with_mixed_labels(batch: Batch, num_classes: int) -> Batch:
+  """A batch whose images may be mixed in pairs, with labels to match.
+
+  Args:
+    batch: 'label' int [b]; mixed images have 'partner_label' int [b] and 'label_share' float32 [b].
+    num_classes: number of classes.
+
+  Returns:
+    The batch; of mixed images 'label' holds probabilities float32 [b classes].
+  """
+  if 'partner_label' not in batch:
+    return batch
+  share = batch['label_share'][:, None]
+  own, partner = (jax.nn.one_hot(batch[k], num_classes) for k in ('label', 'partner_label'))
+  return {**batch, 'label': share * own + (1 - share) * partner}
 
 
 def eval_step(

@@ -14,12 +14,16 @@ from losa_scenic.adapt_lib import fold
 from losa_scenic.adapt_lib.method import combine, split_head
 from losa_scenic.common_lib import trees
 from losa_scenic.common_lib.types import Config, Params
+from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib import encoder
 from losa_scenic.model_lib.classification_model import ClassificationModel
+from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.train_lib import progress
 from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.weights_lib import backbones
+
+_OF_TRAINING = ('train_images_per_second', 'input_wait', 'resumed_from_step')
 
 
 def content(
@@ -27,7 +31,7 @@ def content(
   state: TrainState,
   frozen: Params,
   config: Config,
-  meta_data: Mapping[str, Any],
+  dataset: dataset_utils.Dataset,
   start: int | None,
   bar: progress.Progress,
   evaluation: Mapping[str, float],
@@ -37,10 +41,13 @@ def content(
   Accuracies are in [0, 1], `test_accuracy` null if the test split was left out; parameter counts
   are scalars; `trainable_params` leaves out the classifier, whose count is `head_params`;
   `train_images_per_second` covers this process's steps without compilation and evaluation, and is
-  null if it trained fewer than two; `backbone_facts` says of a public checkpoint which fields of
-  its spec are from elsewhere than the shapes of its tensors, and from where.
+  null if it trained fewer than two, as is `input_wait`, the share of that time in which the run
+  waited for data; `bad_images` counts those that could not be read; `backbone_facts` says of a
+  public checkpoint which fields of its spec are from elsewhere than the shapes of its tensors, and
+  from where.
   """
   rest, head = split_head(state.trainable)
+  meta_data, spec = dataset.meta_data, model.backbone.spec
   return {
     'test_accuracy': None,
     **evaluation,
@@ -48,21 +55,25 @@ def content(
     'head_params': trees.count(head),
     'frozen_params': trees.count(frozen),
     'train_images_per_second': bar.images_per_second or None,
+    'input_wait': bar.input_wait if bar.images_per_second else None,
+    'bad_images': len(dataset.train_ds.bad_files.problems),
     'num_steps': int(state.global_step),
     'seed': config.rng_seed,
     'method': config.method,
     'backbone': config.backbone,
     'backbone_sha256': model.backbone.sha256,
     'preprocessing': {
-      'image_size': model.backbone.spec.image_size,
+      'image_size': spec.image_size,
       'interpolation': meta_data.get('interpolation', ''),
-      'mean': list(model.backbone.spec.mean),
-      'std': list(model.backbone.spec.std),
+      'central_crop': meta_data.get('central_crop'),
+      'mean': list(spec.mean),
+      'std': list(spec.std),
     },
     'backbone_facts': {
       field: origin for field, origin in model.backbone.facts.items() if origin != 'shapes'
     },
     'dataset': _dataset(config),
+    'data': list(meta_data.get('about', ())),
     'metric': meta_data.get('metric', 'accuracy'),
     'num_train_examples': meta_data['num_train_examples'],
     'resumed_from_step': start,
@@ -80,12 +91,33 @@ def of_training(workdir: pathlib.Path) -> dict[str, Any]:
   """What only the process that trained could know, from the summary it left (if it did)."""
   path = workdir / 'summary.json'
   former = json.loads(path.read_text()) if path.exists() else {}
-  return {k: former[k] for k in ('train_images_per_second', 'resumed_from_step') if k in former}
+  return {k: former[k] for k in _OF_TRAINING if k in former}
 
 
 def _dataset(config: Config) -> str:
-  path = config.dataset_configs.get('path')
-  return f'{config.dataset_name}:{pathlib.Path(path).stem}' if path else config.dataset_name
+  options = config.dataset_configs
+  part = options.get('task') or options.get('name') or options.get('root')
+  return f'{config.dataset_name}:{pathlib.Path(part).stem}' if part else config.dataset_name
+
+
+def data_lines(meta_data: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
+  """What the data is and how the model sees it, a line each, for the start of a run."""
+  names = [str(name) for name in meta_data['class_names']]
+  shown = ', '.join(names[:5]) + (', ...' if len(names) > 5 else '')
+  counts = ((meta_data[f'num_{k}_examples'], n) for k, n in _PARTS.items())
+  crop = meta_data.get('central_crop')
+  view = 'the whole image' if crop is None else f'the central {crop:.1%} of the shorter side'
+  mean, std = ('/'.join(f'{v:g}' for v in values) for values in (spec.mean, spec.std))
+  return [
+    *(f'data: {line}' for line in meta_data.get('about', ())),
+    f'data: {len(names)} classes ({shown}); '
+    + ', '.join(f'{count:,} {name}' for count, name in counts if count),
+    f'data: {view} to {spec.image_size} x {spec.image_size}, {meta_data.get("interpolation")}; '
+    f'mean {mean}, std {std}',
+  ]
+
+
+_PARTS = {'train': 'training', 'eval': 'validation', 'test': 'test'}
 
 
 def guesses(name: str, backbone: backbones.Backbone) -> str:
@@ -112,7 +144,7 @@ def _text(value: Any) -> str:
 
 def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
   """The summary as a few lines for people."""
-  rate = summary['train_images_per_second']
+  bad = summary.get('bad_images')
   split = 'test' if summary['test_accuracy'] is not None else 'valid'
   percent = f'{100 * summary[f"{split}_accuracy"]:.2f} %'
   if summary['metric'] == 'per_class':
@@ -122,13 +154,21 @@ def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
     'trained parameters': f'{summary["trainable_params"]:,} (without the head)',
     '  with the head': f'{summary["trainable_params"] + summary["head_params"]:,}',
     'frozen parameters': f'{summary["frozen_params"]:,}',
-    'training speed': f'{rate:.0f} images/s' if rate else 'nothing left to train',
+    'training speed': _speed(summary),
+    **({'bad images': f'{bad}, see bad_files.csv'} if bad else {}),
     'outputs': str(workdir),
     'curves': f'tensorboard --logdir {workdir}',
   }
   return progress.table(
     f'\n{summary["method"]} on {summary["dataset"]}, backbone {summary["backbone"]}', rows
   )
+
+
+def _speed(summary: Mapping[str, Any]) -> str:
+  rate, wait = summary['train_images_per_second'], summary.get('input_wait')
+  if not rate:
+    return 'nothing left to train'
+  return f'{rate:.0f} images/s' + (f', waiting {wait:.1%} for data' if wait is not None else '')
 
 
 def export_backbone(
@@ -147,8 +187,8 @@ def export_backbone(
   stacked = params if model.scan else encoder.stack_layers(params)
   recipe = config.to_dict()
   # The card travels with the weights: names of files, not where they lay on this machine.
-  if recipe['dataset_configs'].get('path'):
-    recipe['dataset_configs']['path'] = pathlib.Path(recipe['dataset_configs']['path']).name
+  if recipe['dataset_configs'].get('root'):
+    recipe['dataset_configs']['root'] = pathlib.Path(recipe['dataset_configs']['root']).name
   recipe['export_backbone'] = pathlib.Path(config.export_backbone).name
   if program.model.backbone.weights is not None:
     recipe['backbone'] = pathlib.Path(config.backbone).name

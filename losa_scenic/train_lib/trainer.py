@@ -48,7 +48,7 @@ def train(
   """Trains, evaluates, saves; continues from the workdir's last checkpoint if there is one.
 
   Args:
-    rng: a key: parameters, augmentation.
+    rng: a key: parameters, dropout.
     config: fields of `run_config.default_config`.
     model_cls: builds the model from (config, meta_data).
     dataset: with `train_ds`, `valid_ds` (may be None), `test_ds` and `meta_data`.
@@ -82,6 +82,7 @@ def train(
       if start is not None:
         state = saver.restore(state)
       workdir_lib.write_json(workdir / 'config.json', plain)
+      dataset.train_ds.bad_files.keep_in(workdir / 'bad_files.csv')
       if hasattr(writer, 'rewind'):
         writer.rewind(-1 if start is None else start)
       if start is None:
@@ -107,12 +108,16 @@ def _run(
   eval_every = config.log_eval_steps or program.steps_per_epoch
   save_every = config.checkpoint_steps or program.steps_per_epoch
   bar = progress.Progress(first, total, config.batch_size)
-  bar.say(_headline(program, state, config, start))
-  guesses = summary.guesses(config.backbone, program.model.backbone)
-  if guesses:
-    bar.say(guesses)
+  name = dataset.meta_data.get('name') or config.dataset_name
+  bar.say(_headline(program, state, config, start, name))
+  for line in (
+    *summary.data_lines(dataset.meta_data, program.model.backbone.spec),
+    summary.guesses(config.backbone, program.model.backbone),
+  ):
+    if line:
+      bar.say(line)
   pending, train_summary, eval_summary = [], {}, {}
-  batches = dataset_utils.iterate(dataset.train_ds, first, total)
+  batches = bar.timed(dataset_utils.iterate(dataset.train_ds, first, total))
   for step, batch in enumerate(batches, start=first + 1):
     batch = sharding.put(batch, program.mesh)
     state, step_metrics = program.train_step(state, program.frozen, batch)
@@ -147,7 +152,7 @@ def _run(
   writer.flush()
   saver.close()
   content = summary.content(
-    program.model, state, program.frozen, config, dataset.meta_data, start, bar, eval_summary
+    program.model, state, program.frozen, config, dataset, start, bar, eval_summary
   )
   if first >= total:
     content |= summary.of_training(workdir)
@@ -195,17 +200,20 @@ def _log_training(
     'learning_rate': float(program.learning_rate(step - 1)),
     'epoch': step * program.epochs_per_step,
     'img/sec': bar.images_per_second,
+    'input_wait': bar.input_wait,
   }
   writer.write_scalars(step, train_summary | extra)
   return train_summary
 
 
-def _headline(program: Program, state: TrainState, config: Config, start: int | None) -> str:
+def _headline(
+  program: Program, state: TrainState, config: Config, start: int | None, name: str
+) -> str:
   rest, head = split_head(state.trainable)
   devices = f'{program.mesh.size} x {jax.devices()[0].device_kind}'
   origin = 'starting' if start is None else f'continuing from step {start}'
   return (
-    f'{config.method} on {config.backbone}, {config.dataset_name}: {trees.count(rest):,} '
+    f'{config.method} on {config.backbone}, {name}: {trees.count(rest):,} '
     f'trainable + {trees.count(head):,} in the head, {trees.count(program.frozen):,} frozen; '
     f'{program.total_steps} steps of {config.batch_size} on {devices}; {origin}'
   )

@@ -38,7 +38,7 @@ def get_config(directory: str = '.') -> Config:
     published.set_options(config, name, published.PUBLISHED[name].options)
     config.method_learning_rates[name] = LEARNING_RATES.get(name, LEARNING_RATE)
   config.dataset_name = 'image_pack'
-  config.dataset_configs.path = f'{directory}/{next(iter(PACKS))}.npz'
+  config.dataset_configs.root = f'{directory}/{next(iter(PACKS))}.npz'
   config.dataset_configs.train_split = 'trainval'
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
@@ -55,7 +55,7 @@ def get_config(directory: str = '.') -> Config:
 
 def get_hyper(hyper: SimpleNamespace, directory: str = '.') -> list[dict[str, Any]]:
   """Seeds x methods x packs: an unfinished sweep has all methods with one seed."""
-  path, metric = 'config.dataset_configs.path', 'config.dataset_configs.metric'
+  path, metric = 'config.dataset_configs.root', 'config.dataset_configs.metric'
   packs = hyper.zipit(
     [
       hyper.sweep(path, [f'{directory}/{name}.npz' for name in PACKS]),

@@ -38,7 +38,7 @@ def get_config(directory: str = '.') -> Config:
   """
   config = run_config.default_config()
   config.dataset_name = 'image_pack'
-  config.dataset_configs.path = f'{directory}/{next(iter(PACKS))}.npz'
+  config.dataset_configs.root = f'{directory}/{next(iter(PACKS))}.npz'
   config.dataset_configs.train_split = 'trainval'
   config.backbone = 'vit_mi8_tin120'
   config.method = 'losa'
@@ -58,7 +58,7 @@ def get_config(directory: str = '.') -> Config:
 
 def packs(hyper: SimpleNamespace, directory: str, names: tuple[str, ...]) -> list[dict[str, Any]]:
   """The packs with their metrics, as a sweep."""
-  path, metric = 'config.dataset_configs.path', 'config.dataset_configs.metric'
+  path, metric = 'config.dataset_configs.root', 'config.dataset_configs.metric'
   return hyper.zipit(
     [
       hyper.sweep(path, [f'{directory}/{name}.npz' for name in names]),

@@ -12,32 +12,33 @@ import pytest
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import dataset_utils, sources
+from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.resize import View
+
+KEYS = {'inputs', 'label', 'batch_mask', 'index'}
 
 
 def numbered(count: int) -> sources.ArraySource:
   """Images whose first pixel holds the image's number."""
   images = np.zeros((count, 4, 4, 3), np.uint8)
   images[:, 0, 0, 0] = np.arange(count)
-  return sources.ArraySource(
-    images, np.arange(count) % 5, [f'item{i}' for i in range(count)], num_classes=5
-  )
+  return sources.ArraySource(images, np.arange(count) % 5, 'item', num_classes=5)
 
 
-def build(train=50, valid=7, test=11, **options) -> dataset_utils.Dataset:
+def pipeline(size=4, **options) -> dataset_utils.Pipeline:
+  defaults = {'batch_size': 8, 'eval_batch_size': 4, 'shuffle_seed': 0, 'dtype_str': 'uint8'}
+  return dataset_utils.Pipeline(view=View(size), **(defaults | options))
+
+
+def build(train=50, valid=7, test=11, name='', **options) -> dataset_utils.Dataset:
   splits = sources.Splits(
     numbered(train),
     None if valid is None else numbered(valid),
     numbered(test),
     ('a', 'b', 'c', 'd', 'e'),
+    ('made here',),
   )
-  defaults = {
-    'batch_size': 8,
-    'eval_batch_size': 4,
-    'shuffle_seed': 0,
-    'dtype_str': 'uint8',
-    'image_size': 4,
-  }
-  return dataset_utils.make_dataset(splits, **(defaults | options))
+  return dataset_utils.make_dataset(splits, pipeline(**options), name)
 
 
 def ids(batch) -> list[int]:
@@ -45,7 +46,7 @@ def ids(batch) -> list[int]:
 
 
 def assert_same(ours, theirs):
-  assert set(ours) == set(theirs) == {'inputs', 'label', 'batch_mask'}
+  assert set(ours) == set(theirs) == KEYS
   for key in ours:
     np.testing.assert_array_equal(ours[key], theirs[key])
     assert ours[key].dtype == theirs[key].dtype
@@ -74,6 +75,7 @@ def test_train_batch_is_a_pure_function_of_seed_and_step():
   assert batch['inputs'].shape == (8, 4, 4, 3) and batch['inputs'].dtype == np.uint8
   assert batch['label'].dtype == np.int32 and batch['batch_mask'].dtype == np.float32
   assert batch['batch_mask'].tolist() == [1.0] * 8
+  assert batch['index'].dtype == np.int32 and batch['index'].tolist() == ids(batch)
   np.testing.assert_array_equal(batch['label'], np.array(ids(batch)) % 5)
 
 
@@ -109,15 +111,18 @@ def test_iterate_edges():
 
 
 def test_threads_end_with_the_iterator():
-  before = threading.active_count()
+  def others() -> int:  # The pool that decodes serves all iterators and stays.
+    return sum(not thread.name.startswith('decode') for thread in threading.enumerate())
+
+  before = others()
   for _ in range(3):
     iterator = dataset_utils.iterate(build().train_ds)
     next(iterator)
     iterator.close()
   deadline = time.monotonic() + 5
-  while threading.active_count() > before and time.monotonic() < deadline:
+  while others() > before and time.monotonic() < deadline:
     time.sleep(0.05)
-  assert threading.active_count() <= before
+  assert others() <= before
 
 
 @pytest.mark.parametrize('dtype_str', ['uint8', 'float32'])
@@ -138,6 +143,9 @@ def test_evaluation_counts_every_image_once_in_order(test, batch_size, dtype_str
   labels = np.concatenate([batch['label'] for batch in batches])
   assert labels.dtype == np.int32
   assert labels.tolist() == [i % 5 for i in range(test)] + [0] * (len(mask) - test)
+  index = np.concatenate([batch['index'] for batch in batches])
+  assert index.dtype == np.int32
+  assert index.tolist() == [*range(test)] + [-1] * (len(mask) - test)
   for batch, iterated in zip(batches, dataset_utils.iterate(dataset.test_ds), strict=True):
     assert_same(batch, iterated)
 
@@ -162,7 +170,9 @@ def test_meta_data():
     'class_names': ('a', 'b', 'c', 'd', 'e'),
     'metric': 'per_class',
     'name': 'numbers',
-    'interpolation': '',
+    'interpolation': 'bicubic',
+    'central_crop': None,
+    'about': ('made here',),
   }
   meta = build(valid=None, dtype_str='float32').meta_data
   assert meta['input_dtype'] is jnp.float32 and meta['num_eval_examples'] == 0
@@ -177,14 +187,10 @@ def test_without_validation(valid):
 
 def test_float32_is_scaled_to_minus_one_to_one():
   images = np.arange(256, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 1, 3), np.uint8)
-  source = sources.ArraySource(images, np.zeros(256, int), ['x'] * 256, num_classes=1)
+  source = sources.ArraySource(images, np.zeros(256, int), 'grey', num_classes=1)
   dataset = dataset_utils.make_dataset(
     sources.Splits(source, None, source, ('only',)),
-    batch_size=1,
-    eval_batch_size=256,
-    shuffle_seed=0,
-    dtype_str='float32',
-    image_size=1,
+    pipeline(1, batch_size=1, eval_batch_size=256, dtype_str='float32'),
   )
   scaled = dataset.test_ds[0]['inputs']
   assert scaled.dtype == np.float32 and scaled.min() == -1.0 and scaled.max() == 1.0
@@ -192,46 +198,26 @@ def test_float32_is_scaled_to_minus_one_to_one():
 
 
 def test_bad_options():
+  mixing = Augment(mixup_alpha=0.2)
   for options, message in (
     ({'dtype_str': 'bfloat16'}, "dtype_str 'bfloat16'"),
     ({'metric': 'f1'}, "metric 'f1'"),
     ({'batch_size': 0}, 'batch_size'),
+    ({'batch_size': 2.5}, 'batch_size'),
     ({'eval_batch_size': -1}, 'eval_batch_size'),
     ({'shuffle_seed': -1}, 'shuffle_seed'),
-    ({'train': 0}, 'train split is empty'),
-    ({'test': 0}, 'test split is empty'),
+    ({'workers': -1}, 'workers'),
+    ({'size': 0}, 'image_size'),
+    ({'size': True}, 'image_size'),
+    ({'max_bad_fraction': 1.0}, r'max_bad_fraction must be in \[0, 1\), not 1'),
+    ({'max_bad_fraction': -0.1}, 'max_bad_fraction'),
+    ({'cache_gigabytes': -1.0}, 'cache_gigabytes must be at least 0'),
+    ({'hosts': 3}, 'batch_size 8 cannot be shared by 3 hosts'),
+    ({'hosts': 8}, 'eval_batch_size 4 cannot be shared by 8 hosts'),
+    ({'batch_size': 6, 'hosts': 2, 'augment': mixing}, 'mixed in pairs: .* odd number'),
+    ({'train': 0}, "Dataset 'mine': the train split is empty"),
+    ({'test': 0}, "Dataset 'mine': the test split is empty"),
   ):
     with pytest.raises(errors.UserError, match=message):
-      build(**options)
-  with pytest.raises(ValueError, match='not size 5'):
-    build(image_size=5)
-
-
-def test_errors_of_a_source_reach_the_consumer_of_iterate():
-  class Broken:
-    ids = ('x',) * 30
-
-    def __init__(self):
-      self.broken = False
-
-    def __len__(self):
-      return 30
-
-    def fetch(self, indices):
-      if self.broken:
-        raise errors.UserError('cats/7.jpg: truncated')
-      return np.zeros((len(indices), 4, 4, 3), np.uint8), np.zeros(len(indices), np.int32)
-
-  source = Broken()
-  dataset = dataset_utils.make_dataset(
-    sources.Splits(source, None, source, ('only',)),
-    batch_size=4,
-    eval_batch_size=4,
-    shuffle_seed=0,
-    dtype_str='uint8',
-    image_size=4,
-  )
-  source.broken = True
-  with pytest.raises(errors.UserError) as caught:
-    next(dataset_utils.iterate(dataset.train_ds))
-  assert str(caught.value) == 'cats/7.jpg: truncated'
+      build(name='mine', **options)
+  assert 'label_share' in build(batch_size=7, augment=mixing).train_ds[0]

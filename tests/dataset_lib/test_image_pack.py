@@ -3,13 +3,15 @@
 import io
 import os
 import pathlib
+import pickle
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import dataset_utils, datasets, image_pack
+from losa_scenic.dataset_lib import dataset_utils, datasets, decode, image_pack
+from losa_scenic.dataset_lib.sources import BadImage
 
 SHARED = pathlib.Path(
   os.environ.get('LOSA_SHARED_DATA', pathlib.Path(__file__).parents[3] / 'shared' / 'data')
@@ -40,20 +42,41 @@ def save(tmp_path, **changes) -> str:
 
 
 def test_reads_every_image_into_its_split(tmp_path):
-  splits = image_pack.splits(image_size=8, path=save(tmp_path))
+  splits = image_pack.splits(root=save(tmp_path))
   assert splits.class_names == ('a', 'b', 'c')
+  assert splits.about == (f'image pack {tmp_path}/pack.npz',)
   expected = {'train': [0, 3, 4, 7, 8, 11], 'valid': [1, 5, 9], 'test': [2, 6, 10]}
   for part, members in expected.items():
     source = getattr(splits, part)
-    images, labels = source.fetch(np.arange(len(source)))
-    np.testing.assert_array_equal(images[:, 4, 4], np.array(members)[:, None] * [1, 2, 3])
-    assert labels.tolist() == [i % 3 for i in members]
-    assert source.ids[0].endswith(f'pack.npz, image {members[0]}')
+    assert len(source) == len(members)
+    for i, member in enumerate(members):
+      image, label, name = source[i]
+      assert name == f'{tmp_path}/pack.npz, image {member}' and label == member % 3
+      decoded = decode.decode(image, name)
+      assert decoded.shape == (9, 5 + member, 3)
+      assert (decoded == (member, 2 * member, 3 * member)).all()
+
+
+def test_a_pickled_part_holds_its_own_images_alone(tmp_path):
+  path = save(tmp_path)
+  splits = image_pack.splits(root=path)
+  pathlib.Path(path).unlink()
+  pickled = pickle.dumps(splits.valid)
+  copy = pickle.loads(pickled)
+  assert [copy[i] for i in range(3)] == [splits.valid[i] for i in range(3)]
+  assert splits.valid[1].image in pickled and splits.train[1].image not in pickled
 
 
 def test_without_validation(tmp_path):
   split = np.arange(12) % 2 * 2
-  assert image_pack.splits(image_size=8, path=save(tmp_path, split=split)).valid is None
+  assert image_pack.splits(root=save(tmp_path, split=split)).valid is None
+
+
+def test_an_image_that_is_none_is_bad_when_it_is_decoded(tmp_path):
+  splits = image_pack.splits(root=save(tmp_path, blob=np.zeros_like(pack()['blob'])))
+  record = splits.train[1]
+  with pytest.raises(BadImage, match=r'pack\.npz, image 3: not a JPEG'):
+    decode.decode(record.image, record.id)
 
 
 def swapped_offsets() -> np.ndarray:
@@ -80,22 +103,21 @@ def swapped_offsets() -> np.ndarray:
     ({'offsets': swapped_offsets().astype(np.uint64)}, "'offsets' must rise from 0"),
     ({'blob': pack()['blob'][:-5]}, "'offsets' must rise from 0"),
     ({'blob': pack()['blob'].astype(np.uint16)}, "'blob' must be uint8"),
-    ({'blob': np.zeros_like(pack()['blob'])}, 'image 0: not a JPEG'),
     ({'classes': np.array(['a', 'b', 'a'])}, "'classes' has the same name twice"),
     ({'classes': np.array(['a', 'b', 'c'], dtype=object)}, 'cannot be read as an image pack'),
   ],
 )
 def test_wrong_packs_are_errors_that_name_the_file(tmp_path, changes, message):
   with pytest.raises(errors.UserError, match=message) as caught:
-    image_pack.splits(image_size=8, path=save(tmp_path, **changes))
+    image_pack.splits(root=save(tmp_path, **changes))
   assert 'pack.npz' in str(caught.value)
 
 
 def test_wrong_files(tmp_path):
-  with pytest.raises(errors.UserError, match=r'--config\.dataset_configs\.path=FILE'):
-    image_pack.splits(image_size=8)
+  with pytest.raises(errors.UserError, match=r'--config\.dataset_configs\.root=FILE'):
+    image_pack.splits()
   with pytest.raises(errors.UserError, match=r'nowhere\.npz: there is no such file'):
-    image_pack.splits(image_size=8, path=str(tmp_path / 'nowhere.npz'))
+    image_pack.splits(root=str(tmp_path / 'nowhere.npz'))
   whole = pathlib.Path(save(tmp_path)).read_bytes()
   array = io.BytesIO()
   np.save(array, np.zeros(3))
@@ -104,12 +126,7 @@ def test_wrong_files(tmp_path):
   for body in (b'', b'hello', whole[:middle], array.getvalue(), flipped):
     (tmp_path / 'bad.npz').write_bytes(body)
     with pytest.raises(errors.UserError, match=r'bad\.npz'):
-      image_pack.splits(image_size=8, path=str(tmp_path / 'bad.npz'))
-
-
-def test_memory_limit(tmp_path):
-  with pytest.raises(errors.UserError, match=r'smaller image_size or raise .*max_gigabytes'):
-    image_pack.splits(image_size=1000, path=save(tmp_path), max_gigabytes=0.01)
+      image_pack.splits(root=str(tmp_path / 'bad.npz'))
 
 
 @pytest.mark.parametrize(
@@ -125,7 +142,7 @@ def test_real_packs(name, num_classes):
     batch_size=32,
     eval_batch_size=256,
     image_size=32,
-    dataset_configs={'path': str(path), 'train_split': 'trainval'},
+    dataset_configs={'root': str(path), 'train_split': 'trainval'},
   )
   meta = dataset.meta_data
   assert meta['num_classes'] == num_classes and meta['num_train_examples'] == 1000

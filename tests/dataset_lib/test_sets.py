@@ -5,10 +5,11 @@ import importlib
 import ml_collections
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn import datasets as sklearn_datasets
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import dataset_utils, datasets, digits, sprites
+from losa_scenic.dataset_lib import dataset_utils, datasets, digits, resize, sprites
 
 
 def build(name='digits', **options):
@@ -17,7 +18,13 @@ def build(name='digits', **options):
 
 
 def images_of(source) -> tuple[np.ndarray, np.ndarray]:
-  return source.fetch(np.arange(len(source)))
+  """Images [n, h, w, 3] and labels [n]."""
+  records = [source[i] for i in range(len(source))]
+  return np.stack([r.image for r in records]), np.array([r.label for r in records])
+
+
+def ids(source) -> list[str]:
+  return [source[i].id for i in range(len(source))]
 
 
 def test_every_row_of_the_table_is_a_function():
@@ -33,7 +40,7 @@ def test_every_row_of_the_table_is_a_function():
 
 def test_build_by_name_with_config_dict():
   configs = ml_collections.ConfigDict({'train_split': 'trainval', 'metric': 'per_class'})
-  configs.path = ml_collections.config_dict.placeholder(str)  # None: not given.
+  configs.root = ml_collections.config_dict.placeholder(str)  # None: not given.
   dataset = build(dataset_configs=configs, dtype_str='float32')
   meta = dataset.meta_data
   assert (meta['num_train_examples'], meta['num_eval_examples']) == (1000, 0)
@@ -48,15 +55,66 @@ def test_build_by_name_with_config_dict():
 
 def test_trainval_trains_on_both_parts():
   dataset = build(dataset_configs={'train_split': 'trainval'}, batch_size=1000)
-  parts = digits.splits(image_size=8)
+  parts = digits.splits()
   both = np.concatenate([images_of(parts.train)[0], images_of(parts.valid)[0]])
   delivered = dataset.train_ds[0]['inputs']
   assert sorted(x.tobytes() for x in both) == sorted(x.tobytes() for x in delivered)
 
 
-def test_image_size_override():
-  dataset = build(dataset_configs={'image_size': 12})
-  assert dataset.meta_data['input_shape'] == (-1, 12, 12, 3)
+def test_common_options_come_before_the_arguments():
+  dataset = build(dataset_configs={'image_size': 12, 'interpolation': 'area', 'central_crop': 0.5})
+  meta = dataset.meta_data
+  assert meta['input_shape'] == (-1, 12, 12, 3)
+  assert (meta['interpolation'], meta['central_crop']) == ('area', 0.5)
+  shown = dataset.test_ds[0]['inputs'][0]
+  assert shown.shape == (12, 12, 3)
+  expected = resize.resize(digits.splits().test[0].image, 12, 'area', resize.Box(2, 2, 4, 4))
+  np.testing.assert_array_equal(shown, expected)
+  assert build(interpolation='lanczos').meta_data['interpolation'] == 'lanczos'
+  drawn = build('sprites', dataset_configs={'image_size': 24, 'num_train': 4, 'num_test': 4})
+  np.testing.assert_array_equal(
+    drawn.test_ds[0]['inputs'][:4],
+    images_of(sprites.splits(image_size=24, num_train=4, num_test=4).test)[0],
+  )
+
+
+def test_augmentation_workers_and_hosts_reach_the_pipeline():
+  plain, flipped = build(), build(augment={'flip': True, 'mixup_alpha': 0.5})
+  assert 'label_share' in flipped.train_ds[0] and 'label_share' not in plain.train_ds[0]
+  assert build(workers=3).train_ds.workers == 3 and plain.train_ds.workers == 0
+  half = build(host=1, hosts=2).train_ds[0]
+  np.testing.assert_array_equal(half['index'], plain.train_ds[0]['index'][4:])
+
+
+def test_every_option_has_one_type():
+  types = datasets.option_types()
+  assert types['root'] is str and types['central_crop'] is float and types['split_seed'] is int
+  assert set(types) >= set(datasets.COMMON_OPTIONS)
+  assert set(types.values()) <= {str, int, float, bool}
+
+
+def test_options_of_one_name_and_two_types_are_a_mistake_of_ours(monkeypatch):
+  def splits(*, seed: str | None = None):
+    raise NotImplementedError
+
+  monkeypatch.setattr(digits, 'splits', splits)
+  with pytest.raises(TypeError, match='seed of dataset'):
+    datasets.option_types()
+
+
+def test_auto_is_whatever_is_found(tmp_path):
+  for name in ('cat', 'dog'):
+    (tmp_path / name).mkdir()
+    for i in range(5):
+      Image.new('RGB', (8, 8)).save(tmp_path / name / f'{i}.png')
+  dataset = build('auto', dataset_configs={'root': str(tmp_path)})
+  assert dataset.meta_data['name'] == 'image_folder'
+  assert dataset.meta_data['class_names'] == ('cat', 'dog')
+  with pytest.raises(errors.UserError, match="option of dataset 'image_folder' 'num_train'"):
+    build('auto', dataset_configs={'root': str(tmp_path), 'num_train': 9})
+  for configs in ({}, {'root': str(tmp_path / 'nowhere')}):
+    with pytest.raises(errors.UserError, match=r'--?config\.dataset_configs\.root'):
+      build('auto', dataset_configs=configs)
 
 
 @pytest.mark.parametrize(
@@ -67,6 +125,17 @@ def test_image_size_override():
     ({'dataset_configs': {'train_split': 'all'}}, "Unknown train_split 'all'"),
     ({'dataset_configs': {'metric': 'auc'}}, "Unknown metric 'auc'"),
     ({'dataset_configs': {'image_size': 0}}, 'image_size must be'),
+    ({'dataset_configs': {'path': 'x'}}, "option of dataset 'digits' 'path'"),
+    ({'dataset_configs': {'root': 'x'}}, "option of dataset 'digits' 'root'"),
+    ({'dataset_configs': {'interpolation': 'cubic'}}, "'cubic'. Did you mean 'bicubic'"),
+    ({'dataset_configs': {'central_crop': 1.5}}, r'central_crop must be in \(0, 1\], not 1\.5'),
+    ({'dataset_configs': {'max_bad_fraction': 1.5}}, 'max_bad_fraction must be'),
+    ({'dataset_configs': {'cache_gigabytes': -1.0}}, 'cache_gigabytes must be'),
+    ({'dataset_configs': {'normalisation': 'imagnet'}}, "'imagnet'. Did you mean 'imagenet'"),
+    ({'augment': {'flp': True}}, "option of augment 'flp'. Did you mean 'flip'"),
+    ({'augment': {'flip': 'yes'}}, 'flip of augment must be of type bool'),
+    ({'augment': {'min_crop_area': 0.0}}, r'augment\.min_crop_area'),
+    ({'workers': -1}, 'workers must be'),
     ({'batch_size': 9, 'num_shards': 2}, 'batch_size 9 cannot be shared by 2'),
     ({'eval_batch_size': 9, 'num_shards': 2}, 'eval_batch_size 9 cannot be shared by 2'),
     ({'num_shards': 0}, 'num_shards must be'),
@@ -85,24 +154,23 @@ def test_trainval_without_validation_is_an_error():
 
 
 def test_digits_are_the_real_ones_split_once_and_evenly():
-  parts = digits.splits(image_size=8)
+  parts = digits.splits()
   sizes = [len(part) for part in (parts.train, parts.valid, parts.test)]
   assert sizes == [800, 200, 797]
-  names = [*parts.train.ids, *parts.valid.ids, *parts.test.ids]
+  names = [*ids(parts.train), *ids(parts.valid), *ids(parts.test)]
   assert sorted(names) == sorted(f'digits[{i}]' for i in range(1797))
   original = sklearn_datasets.load_digits()
   for part in (parts.train, parts.valid, parts.test):
     images, labels = images_of(part)
-    indices = [int(name[7:-1]) for name in part.ids]
+    indices = [int(name[7:-1]) for name in ids(part)]
     np.testing.assert_array_equal(labels, original.target[indices])
     np.testing.assert_allclose(images[..., 1], original.images[indices] * (255 / 16), atol=0.5)
     share = np.bincount(labels, minlength=10) / len(part)
     np.testing.assert_allclose(share, np.bincount(original.target) / 1797, atol=0.006)
-  again = digits.splits(image_size=8)
-  assert again.train.ids == parts.train.ids and again.test.ids == parts.test.ids
+  again = digits.splits()
+  assert ids(again.train) == ids(parts.train) and ids(again.test) == ids(parts.test)
   # Pins the published split: a change here changes everybody's numbers.
-  assert parts.train.ids[:3] == ['digits[347]', 'digits[303]', 'digits[1266]']
-  assert digits.splits(image_size=20).train.fetch(np.arange(2))[0].shape == (2, 20, 20, 3)
+  assert ids(parts.train)[:3] == ['digits[347]', 'digits[303]', 'digits[1266]']
 
 
 def centre_of_mass(image: np.ndarray) -> np.ndarray:
@@ -178,19 +246,19 @@ def test_sprites_are_deterministic_and_do_not_overlap():
   for label in sprites.LABELS:
     one = sprites.splits(image_size=16, label=label, **counts)
     other = sprites.splits(image_size=16, label=label, **counts)
-    names = [*one.train.ids, *one.valid.ids, *one.test.ids]
+    names = [*ids(one.train), *ids(one.valid), *ids(one.test)]
     assert len(set(names)) == len(names) == 120
     for part in ('train', 'valid', 'test'):
       for ours, theirs in zip(
         images_of(getattr(one, part)), images_of(getattr(other, part)), strict=True
       ):
         np.testing.assert_array_equal(ours, theirs)
-    rows = sprites.factors(np.array([int(name[8:-1]) for name in one.train.ids]))
+    rows = sprites.factors(np.array([int(name[8:-1]) for name in ids(one.train)]))
     column = sprites.LABELS[label]
     expected = sprites.bins(rows[:, column], sprites.FACTOR_SIZES[column])
     np.testing.assert_array_equal(images_of(one.train)[1], expected)
   reseeded = sprites.splits(image_size=16, seed=1, **counts)
-  assert reseeded.train.ids != one.train.ids
+  assert ids(reseeded.train) != ids(one.train)
   assert len(np.unique(sprites.factors(np.arange(sprites.NUM_IMAGES)), axis=0)) == 737_280
 
 

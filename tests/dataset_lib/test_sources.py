@@ -1,8 +1,10 @@
-"""Sources answer any positions, in any order, and name the item that is wrong."""
+"""Sources answer any position, in any order and thread, pickle, and name the item that is wrong."""
+
+import pickle
+from concurrent import futures
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import sources
@@ -12,72 +14,142 @@ def array_source(start: int, count: int) -> sources.ArraySource:
   """Images whose every pixel is the image's number."""
   numbers = np.arange(start, start + count)
   images = np.broadcast_to(numbers.astype(np.uint8)[:, None, None, None], (count, 4, 4, 3))
-  ids = [f'item{i}' for i in numbers]
-  return sources.ArraySource(np.ascontiguousarray(images), numbers % 3, ids, num_classes=3)
+  return sources.ArraySource(images, numbers % 3, 'set', num_classes=3, numbers=numbers)
 
 
-def test_array_source_gathers_copies():
-  source = array_source(0, 10)
-  images, labels = source.fetch(np.array([7, 2, 7]))
-  assert images.shape == (3, 4, 4, 3) and images.dtype == np.uint8 and labels.dtype == np.int32
-  assert images[:, 0, 0, 0].tolist() == [7, 2, 7] and labels.tolist() == [1, 2, 1]
-  images[:] = 0
-  assert source.fetch(np.array([7]))[0].max() == 7
+def assert_same(ours: sources.Source, theirs: sources.Source) -> None:
+  """Both hold the same records in the same order."""
+  assert len(ours) == len(theirs)
+  for i in range(len(theirs)):
+    assert (ours[i].label, ours[i].id) == (theirs[i].label, theirs[i].id)
+    np.testing.assert_array_equal(ours[i].image, theirs[i].image)
+
+
+def test_array_source():
+  source = array_source(3, 10)
+  assert len(source) == 10 and source.labels.dtype == np.int32
+  for i in (7, 2, 7):
+    image, label, name = source[i]
+    assert image.shape == (4, 4, 3) and image.dtype == np.uint8 and (image == i + 3).all()
+    assert label == i % 3 and type(label) is int and name == f'set[{i + 3}]'
+  assert type(source[0]) is sources.Record
+
+
+def test_array_source_takes_images_of_different_sizes_and_copies_none():
+  images = [np.full((2 + i, 5, 3), i, np.uint8) for i in range(3)]
+  source = sources.ArraySource(images, [2, 0, 1], 'set', num_classes=3)
+  for i, (image, label, name) in enumerate(source):
+    assert image is images[i]
+    assert (label, name) == ((2, 0, 1)[i], f'set[{i}]')
 
 
 def test_concat_equals_one_source():
-  whole = array_source(0, 12)
-  joined = sources.concat([array_source(0, 5), array_source(5, 1), array_source(6, 6)])
-  assert len(joined) == 12 and list(joined.ids) == list(whole.ids)
-  for indices in ([], [0], [11, 0, 5, 5, 4, 6], np.random.default_rng(0).permutation(12)):
-    indices = np.asarray(indices, np.int64)
-    for ours, theirs in zip(joined.fetch(indices), whole.fetch(indices), strict=True):
-      np.testing.assert_array_equal(ours, theirs)
-      assert ours.dtype == theirs.dtype
+  joined = sources.Concat([array_source(0, 5), array_source(5, 1), array_source(6, 6)])
+  assert_same(joined, array_source(0, 12))
+  assert_same(sources.Concat([array_source(0, 0), array_source(0, 2)]), array_source(0, 2))
   for wrong in (-1, 12):
-    with pytest.raises(IndexError):
-      joined.fetch(np.array([wrong]))
+    with pytest.raises(IndexError, match=r'\[0, 12\)'):
+      joined[wrong]
   with pytest.raises(ValueError, match='at least one'):
-    sources.concat([])
+    sources.Concat([])
+
+
+def test_subset_is_some_images_in_the_given_order():
+  whole = array_source(0, 6)
+  part = sources.Subset(whole, [5, 0, 3, 3])
+  assert [record.id for record in part] == ['set[5]', 'set[0]', 'set[3]', 'set[3]']
+  assert_same(
+    sources.Subset(sources.Subset(whole, [4, 3, 2]), [2, 0]), sources.Subset(whole, [2, 4])
+  )
+  assert len(sources.Subset(whole, [])) == 0
+  for wrong in ([6], [0, -1]):
+    with pytest.raises(IndexError, match=r'\[0, 6\)'):
+      sources.Subset(whole, wrong)
+  for beyond in (4, 99):
+    with pytest.raises(IndexError):
+      part[beyond]
 
 
 def test_labels_out_of_range_name_the_item():
   images = np.zeros((3, 2, 2, 3), np.uint8)
-  for labels, message in (([0, 3, 0], r'^b: label 3 .* 0\.\.2'), ([0, 0, -1], '^c: label -1')):
-    with pytest.raises(errors.UserError, match=message):
-      sources.ArraySource(images, np.array(labels), ['a', 'b', 'c'], num_classes=3)
-    with pytest.raises(errors.UserError, match=message):
-      sources.FileSource(['a', 'b', 'c'], labels, 8, num_classes=3)
-  with pytest.raises(ValueError, match='as many'):
-    sources.ArraySource(images, np.array([0, 0]), ['a', 'b', 'c'], num_classes=3)
-  with pytest.raises(ValueError, match='uint8'):
-    sources.ArraySource(images.astype(np.float32), np.zeros(3, int), ['a'] * 3, num_classes=3)
+  for labels, which, message in (([0, 3, 0], 1, r'label 3 .* 0\.\.2'), ([0, 0, -1], 2, 'label -1')):
+    numbers = [7, 8, 9]
+    with pytest.raises(errors.UserError, match=rf'^set\[{numbers[which]}\]: {message}'):
+      sources.ArraySource(images, np.array(labels), 'set', num_classes=3, numbers=numbers)
+    with pytest.raises(errors.UserError, match=f'^{"abc"[which]}: {message}'):
+      sources.FileSource('/root', ['a', 'b', 'c'], labels, num_classes=3)
 
 
-def test_file_source_decodes_in_order_and_names_the_broken_file(tmp_path):
-  paths = [tmp_path / f'{i}.png' for i in range(12)]
-  for i, path in enumerate(paths):
-    Image.new('RGB', (5, 7), (i, 2 * i, 3 * i)).save(path)
-  source = sources.FileSource(paths, np.arange(12) % 2, 8, num_classes=2)
-  order = np.random.default_rng(0).permutation(12)
-  images, labels = source.fetch(order)
-  assert images.shape == (12, 8, 8, 3)
-  np.testing.assert_array_equal(images[:, 3, 3], order[:, None] * np.array([1, 2, 3]))
-  np.testing.assert_array_equal(labels, order % 2)
-  paths[4].write_bytes(paths[4].read_bytes()[:40])
-  with pytest.raises(errors.UserError, match=r'4\.png'):
-    source.fetch(order)
-  paths[5].unlink()
-  with pytest.raises(errors.UserError, match=r'5\.png: cannot be read'):
-    source.fetch(np.array([5]))
-  assert source.fetch(np.array([3]))[0].shape == (1, 8, 8, 3)
+def test_arrays_that_do_not_fit():
+  images = np.zeros((3, 2, 2, 3), np.uint8)
+  for labels in ([0, 0], [[0], [0], [0]], [0.0, 1.0, 2.0], [True, False, True]):
+    with pytest.raises(ValueError, match='as many'):
+      sources.ArraySource(images, np.array(labels), 'set', num_classes=3)
+  for wrong in (images.astype(np.float32), images[..., :1], [images[0], images[0, ..., 0]]):
+    with pytest.raises(ValueError, match='uint8'):
+      sources.ArraySource(wrong, np.zeros(len(wrong), int), 'set', num_classes=3)
+  assert len(sources.ArraySource([], [], 'set', num_classes=3)) == 0
 
 
-def test_parallel_raises_the_first_failure():
-  def work(position):
-    if position >= 3:
-      raise RuntimeError(str(position))
+@pytest.fixture
+def files(tmp_path) -> sources.FileSource:
+  names = [f'part{i % 2}/{i}.png' for i in range(6)]
+  for i, name in enumerate(names):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b'image %d' % i)
+  return sources.FileSource(tmp_path, names, np.arange(6) % 2, num_classes=2)
 
-  for _ in range(5):
-    with pytest.raises(RuntimeError, match=r'^3$'):
-      sources.parallel(work, 50)
+
+def test_file_source_reads_when_it_is_asked(files):
+  for i in (3, 0, 3, 5):
+    assert files[i] == (b'image %d' % i, i % 2, str(files.root / files.files[i]))
+  (files.root / 'part0' / '4.png').write_bytes(b'another')
+  assert files[4].image == b'another'
+
+
+def test_a_file_that_cannot_be_read_is_a_bad_image(files):
+  path = files.root / files.files[5]
+  path.unlink()
+  with pytest.raises(sources.BadImage) as caught:
+    files[5]
+  assert (caught.value.id, caught.value.reason) == (
+    str(path),
+    'cannot be read (No such file or directory)',
+  )
+  path.mkdir()
+  with pytest.raises(sources.BadImage, match=r'5\.png: cannot be read \(Is a directory\)\.$'):
+    files[5]
+  assert files[3].image == b'image 3'
+
+
+@pytest.mark.parametrize(
+  'file', ['../x.png', 'a/../../x.png', '..', r'a\..\x.png', '/etc/x.png', 'a\0.png']
+)
+def test_files_outside_the_root_are_refused(file):
+  with pytest.raises(errors.UserError) as caught:
+    sources.FileSource('/data/mine', ['good.png', file], [0, 0], num_classes=1)
+  assert str(caught.value) == f'{file!r}: a path outside of /data/mine is refused.'
+
+
+def test_two_dots_in_a_name_are_no_way_out():
+  source = sources.FileSource('/data', ['a..b/..c.png', '...png'], [0, 0], num_classes=1)
+  assert len(source) == 2
+
+
+def test_bad_image_pickles_with_both_parts():
+  error = sources.BadImage('cats/7.jpg', 'the file is empty')
+  assert str(error) == 'cats/7.jpg: the file is empty.'
+  assert isinstance(error, errors.UserError)
+  copy = pickle.loads(pickle.dumps(error))
+  assert type(copy) is sources.BadImage and str(copy) == str(error)
+  assert (copy.id, copy.reason) == ('cats/7.jpg', 'the file is empty')
+
+
+def test_sources_pickle_and_answer_several_threads(files):
+  whole = array_source(0, 40)
+  for source in (files, whole, sources.Subset(whole, [3, 1]), sources.Concat([files, whole])):
+    copy = pickle.loads(pickle.dumps(source))
+    assert_same(copy, source)
+    with futures.ThreadPoolExecutor(4) as pool:
+      answers = list(pool.map(lambda i, source=source: source[i % len(source)].id, range(200)))
+    assert answers == [source[i % len(source)].id for i in range(200)]

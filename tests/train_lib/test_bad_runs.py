@@ -57,13 +57,24 @@ MISTAKES = {
   'pooling': (['--config.backbone_configs.pool=avg'], ("'avg'", 'gap')),
   'random weights': (['--config.random_backbone=False'], ('random weights', 'random_backbone')),
   'pack': (
-    ['--config.dataset_name=image_pack', '--config.dataset_configs.path=/no/where.npz'],
+    ['--config.dataset_name=image_pack', '--config.dataset_configs.root=/no/where.npz'],
     ('/no/where.npz', 'no such file'),
   ),
-  'no path': (['--config.dataset_name=image_pack'], ('image_pack', 'path')),
+  'no root': (
+    ['--config.dataset_name=image_pack'],
+    ('image_pack', '--config.dataset_configs.root'),
+  ),
+  'old name of the root': (
+    ['--config.dataset_name=image_pack', '--config.dataset_configs.path=/no/where.npz'],
+    ("'dataset_configs.path'",),
+  ),
+  'root of what': (
+    ['--config.dataset_name=auto', '--config.dataset_configs.root=/no/where'],
+    ('/no/where', 'no such file or folder'),
+  ),
   'folder': (
-    ['--config.dataset_name=image_folder', '--config.dataset_configs.path=/no/where'],
-    ('/no/where', 'no such folder'),
+    ['--config.dataset_name=image_folder', '--config.dataset_configs.root=/no/where'],
+    ('/no/where', 'no such file or folder'),
   ),
   'image size': (
     ['--config.dataset_configs.image_size=64'],
@@ -154,7 +165,7 @@ def test_damaged_checkpoint(cli, finished, damage):
   assert 'continuing from step 2' in printed
 
   def without_speed(text: str) -> list[dict]:
-    return [json.loads(row) | {'img/sec': 0} for row in text.splitlines()]
+    return [json.loads(row) | {'img/sec': 0, 'input_wait': 0} for row in text.splitlines()]
 
   assert without_speed((finished / 'metrics.jsonl').read_text()) == without_speed(curves)
 
@@ -227,8 +238,11 @@ def test_corrupt_image_met_during_training(cli, folder, tmp_path):
   file, run = folder / 'train' / 'dog' / '3.jpg', tmp_path / 'run'
   whole = file.read_bytes()
   file.write_bytes(whole[: len(whole) // 2])  # The header is right.
-  overrides = ('--config.dataset_name=image_folder', f'--config.dataset_configs.path={folder}')
-  assert_refused(cli(*overrides, workdir=run), str(file), 'cannot be read')
+  overrides = ('--config.dataset_name=image_folder', f'--config.dataset_configs.root={folder}')
+  # One of fourteen is more than one in a hundred.
+  parts = (str(file), 'truncated or corrupt', 'max_bad_fraction')
+  assert_refused(cli(*overrides, workdir=run), *parts)
+  assert saved(run) == []
   file.write_bytes(whole)
   assert cli(*overrides, workdir=run)[0] == 0
   # More images are other data: the run would not be the same one.
@@ -249,7 +263,7 @@ def test_label_out_of_range_in_a_pack(cli, folder, tmp_path):
   )
   overrides = (
     '--config.dataset_name=image_pack',
-    f'--config.dataset_configs.path={tmp_path}/pack.npz',
+    f'--config.dataset_configs.root={tmp_path}/pack.npz',
   )
   assert_refused(cli(*overrides, workdir=tmp_path / 'run'), 'image 2', "'label' is 2")
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from losa_scenic.adapt_lib.method import combine
-from losa_scenic.dataset_lib import datasets, digits
+from losa_scenic.dataset_lib import datasets, digits, resize, sources
+from losa_scenic.dataset_lib.dataset_utils import Pipeline, make_dataset
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import evaluate, metrics, program, run_config
 from losa_scenic.train_lib.writers import MultiWriter
@@ -62,7 +63,9 @@ def evaluated(eval_batch_size: int, metric: str = 'accuracy'):
 def by_hand() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """(labels, predictions, losses) of all test images, in one plain pass without padding."""
   _, _, made, state = evaluated(64)
-  images, labels = digits.splits(image_size=SIDE).test.fetch(np.arange(797))
+  test = digits.splits().test
+  images = np.stack([resize.resize(test[i].image, SIDE) for i in range(797)])
+  labels = np.array([test[i].label for i in range(797)])
   variables = {'params': combine(jax.device_get(state.trainable), jax.device_get(made.frozen))}
   logits = np.asarray(made.model.flax_model.apply(variables, images, train=False), np.float64)
   shifted = logits - logits.max(1, keepdims=True)
@@ -96,6 +99,42 @@ def test_the_picture_is_written(by_hand):
   assert picture.shape == (1, 4 * 158, 6 * 128, 3)
   small = evaluated(2)[1].images['test_predictions']
   assert small.shape == (1, 158, 6 * 128, 3)
+
+
+class Holed:
+  """A source some of whose images cannot be read."""
+
+  def __init__(self, source: sources.Source, gone: range) -> None:
+    self.source, self.gone = source, gone
+
+  def __len__(self) -> int:
+    return len(self.source)
+
+  def __getitem__(self, index: int) -> sources.Record:
+    if index in self.gone:
+      raise sources.BadImage(f'digit {index}', 'gone')
+    return self.source[index]
+
+
+def test_unreadable_images_are_not_counted_and_not_shown(by_hand, monkeypatch):
+  labels, predictions, losses = by_hand
+  _, _, made, state = evaluated(64)
+  parts, gone = digits.splits(), range(3, 797, 100)
+  dataset = make_dataset(
+    sources.Splits(parts.train, None, Holed(parts.test, gone), parts.class_names),
+    Pipeline(64, 64, 0, 'uint8', resize.View(SIDE), max_bad_fraction=0.02),
+  )
+  grids = []
+  monkeypatch.setattr(evaluate, 'prediction_grid', lambda *args: grids.append(args) or np.zeros(1))
+  values = evaluate.evaluate(made, state, dataset, 'test', 7, Notes())
+  kept = np.setdiff1d(np.arange(797), gone)
+  assert values['test_accuracy'] == (labels == predictions)[kept].mean()
+  assert values['test_loss'] == pytest.approx(losses[kept].mean(), rel=1e-4)
+  inputs, shown_labels, shown_predictions, names = grids[0]
+  assert names == parts.class_names
+  np.testing.assert_array_equal(shown_labels, labels[kept[:24]])
+  np.testing.assert_array_equal(shown_predictions, predictions[kept[:24]])
+  assert len(inputs) == 24 and inputs.reshape(24, -1).any(1).all()
 
 
 def test_sums_over_batches_and_absent_classes():

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import termios
 
+import pytest
+
 from losa_scenic.train_lib import progress
 
 SCRIPT = """
@@ -70,6 +72,69 @@ def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
   bar.close()
   now[0] += 100.0
   assert bar.images_per_second == 8 * 3 / 8.0
+
+
+def slow_batches(now: list[float], seconds: list[float]):
+  """Batches that take their time."""
+  for number, wait in enumerate(seconds):
+    now[0] += wait
+    yield number
+
+
+def test_input_wait_is_the_share_of_training_that_waits_for_batches(monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+  bar = progress.Progress(0, 10, batch_size=8)
+  assert bar.input_wait == 0
+  given = []
+  # The first batch, before the clock runs, does not count; nor does the compilation after it.
+  for batch in bar.timed(slow_batches(now, [30.0, 1.0, 2.0, 3.0])):
+    given.append(batch)
+    now[0] += 50.0 if batch == 0 else 3.0
+    bar.step()
+    if batch == 2:
+      bar.pause()
+      now[0] += 100.0  # An evaluation.
+    bar.run()
+    if batch:
+      waited = [1.0, 3.0, 6.0][batch - 1]
+      assert bar.input_wait == waited / (waited + 3.0 * batch)
+  assert given == [0, 1, 2, 3]
+  bar.close()
+  now[0] += 100.0
+  assert bar.input_wait == 6.0 / 15.0
+
+
+def test_timed_hands_on_everything_and_every_error():
+  bar = progress.Progress(0, 3, batch_size=8)
+  assert list(bar.timed(iter([]))) == [] and list(bar.timed(iter('abc'))) == ['a', 'b', 'c']
+
+  def broken():
+    yield 1
+    raise OSError('the disk is gone')
+
+  batches = bar.timed(broken())
+  assert next(batches) == 1
+  with pytest.raises(OSError, match='the disk is gone'):
+    next(batches)
+
+
+def test_a_long_wait_is_shown_and_a_short_one_is_not(capsys, monkeypatch):
+  now = [0.0]
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
+  bar = progress.Progress(0, 200, batch_size=8, seconds_between_lines=1.0)
+  waits = [30.0, 0.01, 0.25]
+  for step, wait in enumerate(waits, start=1):
+    assert next(bar.timed(slow_batches(now, [wait]))) == 0
+    now[0] += 60.0 if step == 1 else 1.0 - wait
+    bar.step()
+    bar.run()
+    bar.loss(0.5)
+    bar.show(step)
+  assert capsys.readouterr().err.splitlines() == [
+    'step 2/200  loss 0.5000  8 images/s  0:03:18 left',
+    'step 3/200  loss 0.5000  8 images/s, waits 13% for data  0:03:17 left',
+  ]
 
 
 def test_a_bar_on_a_terminal():

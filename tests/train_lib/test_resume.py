@@ -25,15 +25,16 @@ RUN = (
 AUGMENTED = (
   '--config.augment.min_crop_area=0.5',
   '--config.augment.flip=True',
+  '--config.augment.randaugment_ops=1',
   '--config.augment.mixup_alpha=0.3',
   '--config.optimizer_configs.weight_decay=0.01',
 )
-TIMING = 'img/sec'
+TIMING = ('img/sec', 'input_wait')
 
 
 def lines(workdir: pathlib.Path) -> list[dict]:
   rows = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
-  return [{k: v for k, v in row.items() if k != TIMING} for row in rows]
+  return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
 
 
 def saved_steps(workdir: pathlib.Path) -> list[int]:
@@ -55,7 +56,8 @@ def curves(workdir: pathlib.Path) -> dict[str, list[tuple[int, float]]]:
   events.Reload()
   assert 'config/text_summary' in events.Tags()['tensors']
   assert 'valid_predictions' in events.Tags()['images']
-  names = [name for name in events.Tags()['scalars'] if name != writers.tag(TIMING)]
+  timing = [writers.tag(name) for name in TIMING]
+  names = [name for name in events.Tags()['scalars'] if name not in timing]
   return {name: [(event.step, event.value) for event in events.Scalars(name)] for name in names}
 
 

@@ -1,5 +1,6 @@
 """The schema of a run lists everything there is to set, and every shipped config fits it."""
 
+import dataclasses
 import pathlib
 
 import ml_collections
@@ -10,6 +11,7 @@ from losa_scenic.adapt_lib import methods
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import datasets
+from losa_scenic.dataset_lib.augment import Augment
 from losa_scenic.train_lib import lr_schedules, optimizers, run_config
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -45,7 +47,33 @@ def test_every_option_of_every_dataset_is_in_the_schema():
   options = set(datasets.COMMON_OPTIONS)
   for name in datasets.DATASETS:
     options |= config_lib.options(datasets.get_dataset(name))
-  assert options == set(run_config.default_config().dataset_configs)
+  schema = run_config.default_config().dataset_configs
+  assert options == set(schema)
+  assert {name: schema.get_type(name) for name in schema} == datasets.option_types()
+
+
+def test_every_option_of_augmentation_is_in_the_schema():
+  schema = run_config.default_config().augment
+  assert set(schema) == {field.name for field in dataclasses.fields(Augment)}
+  assert not Augment(**schema).active
+
+
+def test_normalisation_stands_for_mean_and_std():
+  config = runnable()
+  config.dataset_configs.normalisation = 'imagenet'
+  resolved = run_config.resolve(config)
+  assert resolved.backbone_configs.mean == (0.485, 0.456, 0.406)
+  assert resolved.backbone_configs.std == (0.229, 0.224, 0.225)
+  assert run_config.resolve(resolved) == resolved
+  given = runnable(backbone_configs={'std': (1.0, 1.0, 1.0)})
+  given.dataset_configs.normalisation = 'unit'
+  assert run_config.resolve(given).backbone_configs.mean == (0.0, 0.0, 0.0)
+  given.dataset_configs.normalisation = 'inception'
+  with pytest.raises(errors.UserError, match=r"'inception' and backbone_configs\.std .*contradict"):
+    run_config.resolve(given)
+  given.dataset_configs.normalisation = 'imagnet'
+  with pytest.raises(errors.UserError, match=r"'imagnet'\. Did you mean 'imagenet'"):
+    run_config.resolve(given)
 
 
 @pytest.mark.parametrize('name', methods.METHODS)

@@ -67,7 +67,7 @@ def test_a_clu_writer_is_enough_and_is_flushed_before_each_checkpoint(trained):
   assert writer.calls[-1] == 'close'
   steps = [(step, next(iter(row)).split('_')[0]) for step, row in writer.rows]
   assert steps == [(2, 'train'), (2, 'valid'), (4, 'train'), (4, 'valid'), (4, 'test')]
-  logged = {'learning_rate', 'epoch', 'img/sec'} | {
+  logged = {'learning_rate', 'epoch', 'img/sec', 'input_wait'} | {
     f'train_{name}' for name in ('loss', 'accuracy', 'l2_grads', 'l2_params', 'l2_updates')
   }
   assert writer.rows[0][1].keys() == logged
@@ -77,6 +77,11 @@ def test_a_clu_writer_is_enough_and_is_flushed_before_each_checkpoint(trained):
   assert summary['resumed_from_step'] is None
   assert summary['num_steps'] == 4
   assert summary['backbone_facts'] == {}
+  assert 0 <= summary['input_wait'] <= 1
+  assert summary['bad_images'] == 0 and not (workdir / 'bad_files.csv').exists()
+  assert summary['data'] == [] and summary['dataset'] == 'digits'
+  preprocessing = summary['preprocessing']
+  assert (preprocessing['interpolation'], preprocessing['central_crop']) == ('bicubic', None)
 
 
 @pytest.fixture(scope='module')
@@ -100,6 +105,11 @@ def test_a_run_says_what_was_guessed_of_its_backbone(cli, bare, tmp_path):
   assert line.startswith(f'backbone {bare}: timm; by convention: ')
   assert 'mean 0.481455/0.45782' in line and 'norm_eps 1e-05' in line
   assert 'heads' not in line and 'width' not in line
+  assert [line for line in printed.splitlines() if line.startswith('data: ')] == [
+    'data: 10 classes (0, 1, 2, 3, 4, ...); 800 training, 200 validation, 797 test',
+    'data: the whole image to 12 x 12, bicubic; '
+    'mean 0.481455/0.457827/0.408211, std 0.26863/0.261303/0.275777',
+  ]
   facts = json.loads((tmp_path / 'summary.json').read_text())['backbone_facts']
   assert facts['heads'] == 'given' and facts['mean'] == 'convention'
   assert set(facts.values()) == {'given', 'convention'}

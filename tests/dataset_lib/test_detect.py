@@ -1,0 +1,83 @@
+"""A folder is recognised by the names in it."""
+
+import pathlib
+import re
+
+import pytest
+
+from losa_scenic.common_lib import errors
+from losa_scenic.dataset_lib import datasets, detect
+
+CASES = [
+  ('image_pack', ['x.npz'], 'x.npz'),
+  ('image_list', ['some.csv'], 'some.csv'),
+  ('image_list', ['train800.txt', 'val200.txt', 'test.txt', 'images/train/0.jpg'], ''),
+  ('image_list', ['labels.tsv', 'README.md', 'images/0.jpg'], ''),
+  ('image_list', ['train.csv', 'test.csv', 'cat/0.jpg', 'dog/0.jpg'], ''),
+  ('coco', ['train2018.json', 'val2018.json', 'train_val2018/Aves/3/x.jpg'], ''),
+  ('coco', ['train.json', 'val.json', 'train/00000_A/x.jpg', 'val/00000_A/x.jpg'], ''),
+  ('coco', ['train_mini.json', 'val.json'], ''),
+  ('tar_shards', ['train-000.tar', 'val-000.tar'], ''),
+  ('tar_shards', ['train/000.tar', 'classes.txt'], ''),
+  ('tar_shards', ['x.tar.gz'], 'x.tar.gz'),
+  ('hugging_face', ['dataset_dict.json', 'train/state.json', 'train/data-0.arrow'], ''),
+  ('hugging_face', ['state.json', 'dataset_info.json', 'data-0.arrow'], ''),
+  ('hugging_face', ['README.md', 'data/train-00000-of-00001.parquet'], ''),
+  ('tfds', ['dataset_info.json', 'features.json', 'x-test.array_record-0-of-1'], ''),
+  ('tfds', ['dataset_info.json', 'features.json', 'x-test.parquet-0-of-1.parquet'], ''),
+  ('tfds', ['1.0.0/dataset_info.json', '1.0.0/features.json'], ''),
+  ('tfds', ['config/1.0.0/dataset_info.json', 'config/1.0.0/features.json'], ''),
+  ('image_folder', ['train/cat/0.jpg', 'train/dog/0.jpg', 'test/cat/1.jpg'], ''),
+  ('image_folder', ['cat/0.JPEG', 'dog/0.png', 'README.md'], ''),
+]
+
+
+def make(root: pathlib.Path, names) -> None:
+  for name in names:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).touch()
+
+
+@pytest.mark.parametrize(('expected', 'names', 'at'), CASES)
+def test_what_it_is(tmp_path, expected, names, at):
+  make(tmp_path, names)
+  assert detect.detect(str(tmp_path / at)) == expected
+
+
+def test_every_answer_is_a_data_set():
+  assert {expected for expected, *_ in CASES} == set(detect.SIGNS) <= set(datasets.DATASETS)
+
+
+@pytest.mark.parametrize(
+  ('names', 'message'),
+  [
+    (
+      ['train.txt', 'train-0.tar'],
+      r"looks like 'image_list' \(train\.txt\) and 'tar_shards' \(train-0\.tar\): choose with "
+      r'--config\.dataset_name=image_list',
+    ),
+    (
+      ['notes.csv', 'cat/0.jpg', 'dog/0.jpg'],
+      r"'image_list' \(notes\.csv\) and 'image_folder' \(cat/ and dog/ with images\)",
+    ),
+    (['1.npz', 'README'], r'is no data set that is known\. There is 1\.npz, README\. Looked for:'),
+    (['images/0.jpg'], r'There is images/\.'),
+    ([], 'There is nothing'),
+  ],
+)
+def test_none_or_several(tmp_path, names, message):
+  make(tmp_path, names)
+  with pytest.raises(errors.UserError, match=message) as caught:
+    detect.detect(str(tmp_path))
+  if 'no data set' in str(caught.value):
+    assert set(re.findall(r'\n  (\w+): ', str(caught.value))) == set(detect.SIGNS)
+
+
+def test_roots_that_are_not(tmp_path):
+  make(tmp_path, ['x.jpg'])
+  with pytest.raises(errors.UserError, match=r'x\.jpg is no data set'):
+    detect.detect(str(tmp_path / 'x.jpg'))
+  with pytest.raises(errors.UserError, match='no such file or folder'):
+    detect.detect(str(tmp_path / 'nowhere'))
+  with pytest.raises(errors.UserError, match=r'dataset_configs\.root=PATH'):
+    detect.detect(None)
