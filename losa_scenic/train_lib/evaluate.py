@@ -2,15 +2,15 @@
 
 import jax
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
-from losa_scenic.dataset_lib import dataset_utils
+from losa_scenic.dataset_lib import contact_sheet, dataset_utils
 from losa_scenic.train_lib import metrics, sharding
 from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
 
 _SHOWN = 24  # images in the picture
+_GREEN, _RED = (0, 120, 0), (190, 0, 0)
 
 
 def evaluate(
@@ -41,7 +41,7 @@ def evaluate(
     batch_here = sharding.put(batch, program.mesh)
     part, predictions = program.eval_step(state, program.frozen, batch_here)
     parts.append(part)
-    if shown is None:
+    if shown is None and batch['batch_mask'].any():
       shown = (batch, np.asarray(jax.device_get(predictions)))
   values = metrics.normalize(metrics.accumulate(parts))
   if 'per_class_accuracy' in values:
@@ -51,11 +51,11 @@ def evaluate(
   writer.write_scalars(step, values)
   if shown is not None:
     batch, predictions = shown
-    count = min(_SHOWN, int(batch['batch_mask'].sum()))
+    real = np.flatnonzero(batch['batch_mask'])[:_SHOWN]  # Unreadable images are masked too.
     picture = prediction_grid(
-      batch['inputs'][:count],
-      batch['label'][:count],
-      predictions[:count],
+      batch['inputs'][real],
+      batch['label'][real],
+      predictions[real],
       dataset.meta_data['class_names'],
     )
     writer.write_images(step, {f'{split}_predictions': picture[None]})
@@ -83,32 +83,13 @@ def prediction_grid(
   Returns:
     uint8 [rows * (cell + caption), columns * cell, 3].
   """
-  caption = 30
-  rows = -(-len(inputs) // columns)
-  canvas = Image.new('RGB', (columns * cell, rows * (cell + caption)), 'white')
-  draw = ImageDraw.Draw(canvas)
-  draw.font = ImageFont.load_default(11)
-  for i, pixels in enumerate(inputs):
-    if pixels.dtype != np.uint8:
-      pixels = np.clip((pixels + 1) * 127.5, 0, 255).astype(np.uint8)
-    x, y = i % columns * cell, i // columns * (cell + caption)
-    canvas.paste(
-      Image.fromarray(pixels).resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (x + 2, y + 2)
+  cells = []
+  for pixels, label, predicted in zip(inputs, labels, predictions, strict=True):
+    color = _GREEN if predicted == label else _RED
+    truth = () if predicted == label else (f'true: {class_names[label]}',)
+    cells.append(
+      contact_sheet.Cell(
+        pixels, (class_names[predicted], *truth), (color, contact_sheet.GREY), frame=color
+      )
     )
-    right = predictions[i] == labels[i]
-    color = (0, 120, 0) if right else (190, 0, 0)
-    draw.rectangle((x, y, x + cell - 1, y + cell - 1), outline=color, width=2)
-    draw.text((x + 4, y + cell), _fitting(draw, class_names[predictions[i]], cell - 8), fill=color)
-    if not right:
-      truth = _fitting(draw, f'true: {class_names[labels[i]]}', cell - 8)
-      draw.text((x + 4, y + cell + 13), truth, fill=(60, 60, 60))
-  return np.asarray(canvas)
-
-
-def _fitting(draw: ImageDraw.ImageDraw, text: str, width: int) -> str:
-  """The text, cut so that it is at most `width` pixels wide."""
-  if draw.textlength(text) <= width:
-    return text
-  while text and draw.textlength(f'{text}...') > width:
-    text = text[:-1]
-  return f'{text}...'
+  return contact_sheet.draw(cells, columns=columns, cell=cell)

@@ -1,0 +1,169 @@
+"""What `check` found out about a data set."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from losa_scenic.dataset_lib.bad_files import Problem
+
+# Ends of the buckets of the histograms, each part of the bucket above it.
+SHORT_SIDES = (16, 32, 64, 128, 224, 256, 384, 512, 1024, 2048)
+ASPECTS = (0.5, 0.75, 0.95, 1.05, 1.34, 2.0)
+# Of each kind of repeat so many are named.
+NAMED = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Image:
+  """One image by name.
+
+  Attributes:
+    split: 'train', 'valid' or 'test'.
+    index: its position there.
+    id: its name.
+    label: class name.
+  """
+
+  split: str
+  index: int
+  id: str
+  label: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Repeat:
+  """An image that was there before: `again` has the content of `first`."""
+
+  again: Image
+  first: Image
+
+  @property
+  def kinds(self) -> tuple[str, ...]:
+    """'leak' between splits or 'duplicate' within one, and 'labels' if the labels differ."""
+    kind = 'duplicate' if self.again.split == self.first.split else 'leak'
+    return (kind,) if self.again.label == self.first.label else ('labels', kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """One split.
+
+  Attributes:
+    images: number of them, readable or not.
+    broken: number that cannot be read.
+    bytes: of the readable images as they are stored.
+    duplicates: number of images that repeat an earlier one of this split.
+    class_counts: number of readable images of each class.
+  """
+
+  images: int
+  broken: int
+  bytes: int
+  duplicates: int
+  class_counts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+  """How long it takes to read.
+
+  Attributes:
+    cores: of this machine.
+    jobs: threads that the check read with.
+    check_seconds: of reading every image of all splits once.
+    sample: training images that were made into batches for the measurement, read before.
+    images_per_second: of making them, nothing cached.
+    epoch_seconds: what all training images would take at that rate.
+    decoded_bytes: of all training images as the cache of the loader keeps them.
+    cache_bytes: of that cache.
+  """
+
+  cores: int
+  jobs: int
+  check_seconds: float
+  sample: int
+  images_per_second: float
+  epoch_seconds: float
+  decoded_bytes: int
+  cache_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What is in a data set.
+
+  Attributes:
+    name: of the set.
+    about: what was found where, see `sources.Splits`.
+    class_names: one per class.
+    image_size: side of what the model is shown, in pixels.
+    parts: the splits by name, in the order train, valid, test.
+    kinds: number of images of each format and mode ('JPEG RGB'), most frequent first; images that
+      are stored as pixels are 'pixels RGB'.
+    rotated: number of images that their EXIF orientation turns or mirrors.
+    sizes: (width, height) of the images with the smallest, median and largest short side; empty if
+      no image can be read.
+    distinct_sizes: number of different sizes.
+    short_sides: number of images in the buckets below, between and above `SHORT_SIDES`.
+    aspects: number of images by width / height in those of `ASPECTS`.
+    enlarged: number of images whose short side is below `image_size`.
+    broken: images that cannot be read.
+    leaks: (split, later split) -> number of images of the later one that are in the first too.
+    conflicts: number of images that have another label than the first of the same content.
+    repeats: images that were there before, by name; of many only some, see `check`.
+    reading: how long it takes; None if no training image can be read.
+  """
+
+  name: str
+  about: tuple[str, ...]
+  class_names: tuple[str, ...]
+  image_size: int
+  parts: Mapping[str, Part]
+  kinds: Mapping[str, int]
+  rotated: int
+  sizes: tuple[tuple[int, int], ...]
+  distinct_sizes: int
+  short_sides: tuple[int, ...]
+  aspects: tuple[int, ...]
+  enlarged: int
+  broken: tuple[Problem, ...]
+  leaks: Mapping[tuple[str, str], int]
+  conflicts: int
+  repeats: tuple[Repeat, ...]
+  reading: Reading | None
+
+  @property
+  def images(self) -> int:
+    """Number of images in all splits."""
+    return sum(part.images for part in self.parts.values())
+
+  @property
+  def empty_classes(self) -> tuple[str, ...]:
+    """Names of the classes without a readable training image."""
+    counts = self.parts['train'].class_counts
+    return tuple(n for n, count in zip(self.class_names, counts, strict=True) if not count)
+
+  @property
+  def troubles(self) -> tuple[str, ...]:
+    """What ought to be mended, one short text each; empty if nothing."""
+    found = [(len(self.broken), '{} cannot be read')]
+    found += [(count, f'{{}} of {b} also in {a}') for (a, b), count in self.leaks.items()]
+    found += [(self.conflicts, '{} repeated with another label')]
+    texts = [text.format(plural(count, 'image')) for count, text in found if count]
+    if self.empty_classes:
+      number = len(self.empty_classes)
+      texts.append(f'{plural(number, "class", "classes")} without a training image')
+    texts += [f'no {name} images' for name, part in self.parts.items() if not part.images]
+    return tuple(texts)
+
+  def to_json(self) -> dict[str, Any]:
+    """The report as dicts, lists, numbers and texts, with `troubles`."""
+    plain = dataclasses.asdict(self)
+    plain['broken'] = [problem._asdict() for problem in self.broken]
+    plain['leaks'] = {'/'.join(pair): count for pair, count in self.leaks.items()}
+    return plain | {'empty_classes': self.empty_classes, 'troubles': self.troubles}
+
+
+def plural(number: int, one: str, many: str = '') -> str:
+  """'1 image', '2,000 images'."""
+  return f'{number:,} {one if number == 1 else many or one + "s"}'
