@@ -145,3 +145,16 @@ def test_damaged_bytes_raise_nothing_else(kind):
       assert error.id == 'x'
       outcomes['bad'] += 1
   assert outcomes['bad'] > 0
+
+
+@pytest.mark.parametrize(
+  ('pixels', 'reason'),
+  [
+    (np.full((4, 5), 0.5, np.float32), 'floating-point'),
+    (np.full((4, 5), 70_000, np.int32), 'more than 16 bits'),
+    (np.full((4, 5), -1, np.int32), 'more than 16 bits'),
+  ],
+)
+def test_samples_of_unknown_range_are_refused(pixels, reason):
+  with pytest.raises(BadImage, match=reason):
+    decode.decode(images.encode(Image.fromarray(pixels), 'TIFF'), 'x.tif')

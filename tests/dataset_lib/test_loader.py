@@ -6,11 +6,11 @@ import pickle
 import numpy as np
 import pytest
 from PIL import Image
+from reference import broken_images
 from sklearn import datasets as sklearn_datasets
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import augment, decode, loader, resize, sources
-from tests.reference import broken_images
 
 COUNT = 20
 

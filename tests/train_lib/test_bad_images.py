@@ -7,8 +7,7 @@ import pathlib
 import numpy as np
 import pytest
 from PIL import Image
-
-from tests.reference import broken_images
+from reference import broken_images
 
 TRAIN, TEST = 800, 100
 
