@@ -48,6 +48,7 @@ setuptools.setup(
       'beartype',
       'datasets>=4',
       'hypothesis',
+      'psutil',
       'pyright',
       'pytest',
       'pytest-xdist',

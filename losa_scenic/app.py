@@ -22,6 +22,7 @@ from ml_collections import config_flags
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config, writers
+from losa_scenic.train_lib import workdir as workdir_lib
 
 _HELP = """\
 usage: python -m losa_scenic.main --config=FILE.py [--config.KEY=VALUE ...] [--workdir=DIR]
@@ -99,9 +100,7 @@ def _config_path(argv: Sequence[str]) -> pathlib.Path | None:
 def default_workdir(name: str, config: Config) -> pathlib.Path:
   """runs/<name>/<method>-<dataset>-<hash of the config>: the same command, the same directory."""
   fields = run_config.resolve(config).to_dict()
-  content = json.dumps(
-    {k: v for k, v in fields.items() if k not in run_config.MAY_CHANGE}, sort_keys=True
-  )
+  content = json.dumps(workdir_lib.what_matters(fields, run_config.MAY_CHANGE), sort_keys=True)
   digest = hashlib.sha256(content.encode()).hexdigest()[:8]
   return pathlib.Path('runs') / name / f'{config.method}-{config.dataset_name}-{digest}'
 

@@ -6,7 +6,9 @@ python -m losa_scenic.data show photos/ --augment min_crop_area=0.3 --output=she
 
 import argparse
 import datetime
+import io
 import json
+import os
 import pathlib
 import re
 import sys
@@ -23,6 +25,7 @@ from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import check, check_text, datasets, detect, request, show
 from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.check_report import EXPECTED
 from losa_scenic.dataset_lib.request import Request
 from losa_scenic.train_lib import run_config
 from losa_scenic.weights_lib import backbones
@@ -40,15 +43,14 @@ names: {names}
 _CHECK = """\
 Reads every image of every split once and says what is there: classes, sizes, formats, broken
 images, repeated ones within and between splits, and how long an epoch takes to read.
+
+exit code: 0 fine; 1 trouble (broken images, the same image in two splits or with two labels,
+classes without training images, an empty split); 2 wrong usage, or a set that cannot be opened
 """
 _SHOW = """\
 Draws what the model is shown, augmentation and mixing included, as one PNG: the first training
 images of an epoch in their order, or validation or test images from all over the split. With
 --epochs=N a row is one image in N epochs, so that what is random can be seen.
-"""
-_EXIT_CODES = """\
-exit code: 0 fine; 1 trouble (broken images, the same image in two splits or with two labels,
-classes without training images, an empty split); 2 wrong usage, or a set that cannot be opened
 """
 _SECONDS_BETWEEN_LINES = 5.0
 # Flag -> the field that a config has for it.
@@ -62,6 +64,9 @@ _NOT_WITH_CONFIG = {
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code, see --help."""
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    # What a strict encoding has no characters for, such as names of files that are no text.
+    sys.stdout.reconfigure(errors='backslashreplace')
   parser = _parser()
   args, rest = parser.parse_known_args(argv)
   for argument in rest:
@@ -90,6 +95,7 @@ def _check(args: argparse.Namespace, wanted: Request) -> int:
       wanted.view,
       augment=wanted.augment,
       cache_bytes=wanted.cache_bytes,
+      expected=EXPECTED.get(wanted.name),
       jobs=args.jobs,
       progress=progress.add,
     )
@@ -118,7 +124,7 @@ def _show(args: argparse.Namespace, wanted: Request) -> int:
 
 
 def _check_folder(path: str) -> None:
-  if not pathlib.Path(path).absolute().parent.is_dir():
+  if not os.path.isdir(os.path.dirname(path) or '.'):
     raise errors.UserError(f'{path}: there is no such folder to write to.')
 
 
@@ -135,7 +141,7 @@ def _is_config(dataset: str) -> bool:
 
 def _of_config(args: argparse.Namespace, overrides: Sequence[str]) -> Request:
   """What the run of a config file would read."""
-  if not pathlib.Path(args.dataset.partition(':')[0]).is_file():
+  if not os.path.isfile(args.dataset.partition(':')[0]):
     raise request.unknown(args.dataset)
   for flag, key in _NOT_WITH_CONFIG.items():
     if getattr(args, flag, None) not in (None, []):
@@ -165,8 +171,8 @@ def _of_arguments(args: argparse.Namespace, overrides: Sequence[str]) -> Request
     raise errors.UserError(f'{overrides[0]} goes with a config file alone; use --set KEY=VALUE.')
   return request.read(
     args.dataset,
-    request.pairs('--set', args.set),
-    request.pairs('--augment', getattr(args, 'augment', [])),
+    config_lib.pairs('--set', args.set),
+    config_lib.pairs('--augment', getattr(args, 'augment', [])),
     image_size=224 if args.image_size is None else args.image_size,
     seed=getattr(args, 'seed', None) or 0,
   )

@@ -6,7 +6,7 @@ import inspect
 import pathlib
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, get_args
 
 import ml_collections
@@ -77,6 +77,27 @@ def from_text(fn: Callable[..., Any], name: str, text: str) -> Any:
     return text
   kinds = ' or '.join(kind.__name__ for kind in allowed if kind is not types.NoneType)
   raise errors.UserError(f'{name} must be of type {kinds}, not {text!r}.')
+
+
+def pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
+  """['rank=64', 'pool=gap'] -> {'rank': '64', 'pool': 'gap'}, of an option given several times.
+
+  Args:
+    flag: the option of the command line, for messages.
+    texts: what it was given.
+
+  Raises:
+    errors.UserError: for a text without '=', or a key given twice.
+  """
+  found: dict[str, str] = {}
+  for text in texts:
+    key, equals, value = text.partition('=')
+    if not key or not equals:
+      raise errors.UserError(f"{flag} takes KEY=VALUE, not '{text}'.")
+    if key in found:
+      raise errors.UserError(f'{flag} {key} is given twice.')
+    found[key] = value
+  return found
 
 
 def _types(fn: Callable[..., Any], name: str) -> tuple[Any, ...]:

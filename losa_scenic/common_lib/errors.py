@@ -1,6 +1,7 @@
 """The one exception for mistakes a user can mend, and its most frequent wording."""
 
 import difflib
+import numbers
 from collections.abc import Iterable
 
 
@@ -23,6 +24,12 @@ def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:
   near = difflib.get_close_matches(str(given), names, n=1, cutoff=0.5)
   hint = f" Did you mean '{near[0]}'?" if near else ''
   return UserError(f"Unknown {kind} '{given}'.{hint} Known: {', '.join(names) or '(none)'}.")
+
+
+def check_at_least(option: str, value: int, least: int) -> None:
+  """Raises `UserError` unless `value` is an integer of at least `least`, naming the option."""
+  if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < least:
+    raise UserError(f'{option} must be an integer of at least {least}, not {value!r}.')
 
 
 def one_of(kind: str, given: str, allowed: Iterable[str]) -> str:

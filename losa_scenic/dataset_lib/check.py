@@ -86,6 +86,7 @@ def check(
   *,
   augment: augment_lib.Augment | None = None,
   cache_bytes: int = 0,
+  expected: Mapping[str, str] | None = None,
   jobs: int | None = None,
   progress: Callable[[int], object] = lambda images: None,
 ) -> Report:
@@ -97,6 +98,7 @@ def check(
     view: what the model is shown, for measuring the time of an epoch.
     augment: what is drawn at random, for the same.
     cache_bytes: what the loader may keep in memory.
+    expected: what is no trouble in this set, see `Report`.
     jobs: number of threads to read with; None for one per core.
     progress: is told how many more images were read, from several threads.
 
@@ -140,6 +142,7 @@ def check(
     conflicts=int(differ.sum()),
     repeats=_named(found, split, differ, parts, ends, splits.class_names),
     reading=_measure(splits.train, facts, view, augment, cache_bytes, jobs, seconds),
+    expected=expected or {},
   )
 
 

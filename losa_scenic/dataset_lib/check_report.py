@@ -11,6 +11,11 @@ SHORT_SIDES = (16, 32, 64, 128, 224, 256, 384, 512, 1024, 2048)
 ASPECTS = (0.5, 0.75, 0.95, 1.05, 1.34, 2.0)
 # Of each kind of repeat so many are named.
 NAMED = 1000
+# Data set -> attribute of `Report` -> why what it counts is a property of the set, and no trouble.
+EXPECTED = {
+  'sprites': dict.fromkeys(('leaks', 'conflicts'), 'symmetric shapes look the same when turned'),
+  'vtab': {'empty_classes': 'the benchmark has 1,000 training images, whatever the classes'},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Report:
     conflicts: number of images that have another label than the first of the same content.
     repeats: images that were there before, by name; of many only some, see `check`.
     reading: how long it takes; None if no training image can be read.
+    expected: what is no trouble in this set, and why; see `EXPECTED`.
   """
 
   name: str
@@ -131,6 +137,7 @@ class Report:
   conflicts: int
   repeats: tuple[Repeat, ...]
   reading: Reading | None
+  expected: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def images(self) -> int:
@@ -146,22 +153,35 @@ class Report:
   @property
   def troubles(self) -> tuple[str, ...]:
     """What ought to be mended, one short text each; empty if nothing."""
-    found = [(len(self.broken), '{} cannot be read')]
-    found += [(count, f'{{}} of {b} also in {a}') for (a, b), count in self.leaks.items()]
-    found += [(self.conflicts, '{} repeated with another label')]
-    texts = [text.format(plural(count, 'image')) for count, text in found if count]
+    return tuple(text for what, text in self._findings() if what not in self.expected)
+
+  @property
+  def notes(self) -> tuple[str, ...]:
+    """What would be trouble in another set, with the reason why it is none in this one."""
+    return tuple(
+      f'{text} ({self.expected[what]})' for what, text in self._findings() if what in self.expected
+    )
+
+  def _findings(self) -> list[tuple[str, str]]:
+    """(attribute, what is found there) of all that may be trouble."""
+    texts = [('broken', len(self.broken), '{} cannot be read')]
+    texts += [('leaks', n, f'{{}} of {b} also in {a}') for (a, b), n in self.leaks.items()]
+    texts += [('conflicts', self.conflicts, '{} repeated with another label')]
+    found = [(what, text.format(plural(count, 'image'))) for what, count, text in texts if count]
     if self.empty_classes:
-      number = len(self.empty_classes)
-      texts.append(f'{plural(number, "class", "classes")} without a training image')
-    texts += [f'no {name} images' for name, part in self.parts.items() if not part.images]
-    return tuple(texts)
+      number = plural(len(self.empty_classes), 'class', 'classes')
+      found.append(('empty_classes', f'{number} without a training image'))
+    return found + [
+      ('parts', f'no {name} images') for name, part in self.parts.items() if not part.images
+    ]
 
   def to_json(self) -> dict[str, Any]:
-    """The report as dicts, lists, numbers and texts, with `troubles`."""
+    """The report as dicts, lists, numbers and texts, with `troubles` and `notes`."""
     plain = dataclasses.asdict(self)
     plain['broken'] = [problem._asdict() for problem in self.broken]
     plain['leaks'] = {'/'.join(pair): count for pair, count in self.leaks.items()}
-    return plain | {'empty_classes': self.empty_classes, 'troubles': self.troubles}
+    derived = ('empty_classes', 'troubles', 'notes')
+    return plain | {name: getattr(self, name) for name in derived}
 
 
 def plural(number: int, one: str, many: str = '') -> str:

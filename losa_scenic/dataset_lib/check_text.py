@@ -9,7 +9,7 @@ import numpy as np
 
 from losa_scenic.dataset_lib.check_report import ASPECTS, NAMED, SHORT_SIDES, Repeat, Report, plural
 
-SHOWN = 10  # of each kind of trouble; the others are only in the file
+_SHOWN = 10  # of each kind of trouble; the others are only in the file
 _BAR = 32  # characters
 _CLASSES = 20  # so many classes get a bar each
 _CSV_COLUMNS = ('problem', 'split', 'index', 'id', 'reason')
@@ -32,10 +32,10 @@ def text(report: Report, bar: str = '#') -> str:
     _reading(report),
   ):
     lines += [*section, '']
-  return '\n'.join([*lines, verdict(report)])
+  return '\n'.join([*lines, *(f'note: {note}' for note in report.notes), _verdict(report)])
 
 
-def verdict(report: Report) -> str:
+def _verdict(report: Report) -> str:
   """One line: 'fine: ...' or 'trouble: ...'."""
   if report.troubles:
     return f'trouble: {"; ".join(report.troubles)}'
@@ -58,7 +58,8 @@ def write_csv(report: Report, path: str | os.PathLike[str]) -> int:
     again, first = repeat.again, repeat.first
     reason = f'same content as {first.split} image {first.id} of class {first.label}'
     rows.append(('+'.join(repeat.kinds), again.split, again.index, again.id, reason))
-  with pathlib.Path(path).open('w', newline='', encoding='utf-8') as file:
+  # Names of files need not be UTF-8: they are written as the bytes that they are.
+  with pathlib.Path(path).open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
     writer = csv.writer(file)
     writer.writerow(_CSV_COLUMNS)
     writer.writerows(rows)
@@ -157,7 +158,7 @@ def _broken(report: Report) -> Iterator[str]:
     yield 'every image can be read'
     return
   yield f'{plural(len(report.broken), "image")} cannot be read'
-  for problem in report.broken[:SHOWN]:
+  for problem in report.broken[:_SHOWN]:
     yield f'  {problem.split:<5}  {problem.id}: {problem.reason}'
   yield from _more(len(report.broken))
 
@@ -185,7 +186,7 @@ def _repeats(report: Report) -> Iterator[str]:
 
 
 def _pairs(repeats: Sequence[Repeat], labels: bool = False) -> Iterator[str]:
-  for repeat in repeats[:SHOWN]:
+  for repeat in repeats[:_SHOWN]:
     again, first = (
       f'{image.split} {image.id}' + (f' ({image.label})' if labels else '')
       for image in (repeat.again, repeat.first)
@@ -198,8 +199,8 @@ def _pairs(repeats: Sequence[Repeat], labels: bool = False) -> Iterator[str]:
 
 
 def _more(count: int) -> Iterator[str]:
-  if count > SHOWN:
-    yield f'  ... and {count - SHOWN:,} more (--csv=FILE)'
+  if count > _SHOWN:
+    yield f'  ... and {count - _SHOWN:,} more (--csv=FILE)'
 
 
 def _reading(report: Report) -> Iterator[str]:
@@ -229,8 +230,8 @@ def _reading(report: Report) -> Iterator[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-  more = f' and {len(names) - SHOWN:,} more' if len(names) > SHOWN else ''
-  return ', '.join(names[:SHOWN]) + more
+  more = f' and {len(names) - _SHOWN:,} more' if len(names) > _SHOWN else ''
+  return ', '.join(names[:_SHOWN]) + more
 
 
 def _percent(share: float) -> str:

@@ -6,7 +6,8 @@
 
 Of a file only images[id, file_name], annotations[image_id, category_id] and categories[id, name]
 count; `categories.json` in the folder may give the names (iNaturalist 2018). Labels follow the
-order of the category ids, which need not be contiguous.
+order of the category ids, which need not be contiguous. Two files must not give one id two names,
+and no image may be listed twice, be it in one file or in two.
 
 The labels of the published test images are secret: without an annotated test file, the published
 validation images are the test images, as in the literature, and `val_fraction` splits validation
@@ -14,10 +15,15 @@ images off the training images.
 """
 
 import array
+import bisect
 import collections
+import itertools
+import os
 import pathlib
+import posixpath
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,13 +78,15 @@ def splits(
     raise errors.UserError(f'{folder}: root must be the folder that the file names start from.')
   given = {'train': train_json, 'val': val_json, 'test': test_json}
   read, about = _read_parts(folder, given)
+  _check_names(read)
+  _check_repeats(read)
   ids = np.array(sorted(read['train'].names), np.int64)
   names = _class_names(folder, read['train'], ids)
   labels = {part: _labels(annotated, ids) for part, annotated in read.items()}
   parts: dict[str, sources.Source] = {}
   for part, annotated in read.items():
     first = folder / annotated.files[0]
-    if not first.exists():
+    if not os.path.exists(first):
       raise errors.UserError(
         f'{first}: the first image of {annotated.file.name} is not there: the images must lie in '
         f'{first.parent}.'
@@ -99,22 +107,21 @@ def splits(
   return sources.Splits(parts['train'], parts.get('val'), parts['test'], names, (*about, *more))
 
 
-def find(folder: pathlib.Path) -> dict[str, list[str]]:
+def find(names: Sequence[str]) -> dict[str, list[str]]:
   """The files in a folder that are named like annotations of a part.
 
   Args:
-    folder: where to look; nothing is opened.
+    names: of the files in the folder, in order.
 
   Returns:
     'train', 'val', 'test' -> names, those only that have any.
   """
   found: dict[str, list[str]] = {}
-  files = folders.visible_files(folder)
-  for name in files:
+  for name in names:
     match = _NAME.fullmatch(name)
     if match:
       found.setdefault(match[1], []).append(name)
-  if _MINI in files:
+  if _MINI in names:
     found.setdefault('train', [_MINI])
   return found
 
@@ -123,7 +130,7 @@ def _read_parts(
   folder: pathlib.Path, given: dict[str, str | None]
 ) -> tuple[dict[str, _Annotated], list[str]]:
   """The annotations that become 'train', 'test' and perhaps 'val', and notes on them."""
-  found, files, about = find(folder), {}, []
+  found, files, about = find(folders.visible_files(folder)), {}, []
   for part in ('train', 'val', 'test'):
     name = given[part]
     if not name and len(found.get(part, ())) > 1:
@@ -156,16 +163,16 @@ def _read(file: pathlib.Path) -> _Annotated:
     try:
       if key == 'images':
         image_ids.append(item['id'])
-        files.append(_text(item['file_name']))
+        files.append(_file_name(item['file_name']))
       elif key == 'annotations':
         of_image.append(item['image_id'])
         of_category.append(item['category_id'])
       elif key == 'categories':
-        names[_whole(item['id'])] = _name(item)
+        _add_category(file, names, item)
     except (KeyError, TypeError, OverflowError) as error:
       raise errors.UserError(
         f'{file}: {str(item)[:200]} in {key}: images need id and file_name, annotations image_id '
-        'and category_id, categories id (ids are whole numbers).'
+        'and category_id (ids are whole numbers below 2**63).'
       ) from error
   if not files:
     raise errors.UserError(f"{file}: there are no 'images' in it.")
@@ -173,21 +180,53 @@ def _read(file: pathlib.Path) -> _Annotated:
   return _Annotated(file, files, _categories(file, files, images, annotated, category), names)
 
 
-def _text(value: object) -> str:
-  if not isinstance(value, str):
+def _check_names(read: dict[str, _Annotated]) -> None:
+  """Raises `UserError` if an id has another name than in the training file: labels would swap."""
+  train = read['train']
+  for other in read.values():
+    for number, name in other.names.items():
+      known = train.names.get(number)
+      if None not in (known, name) and known != name:
+        raise errors.UserError(
+          f"{other.file}: category {number} is '{name}', but '{known}' in {train.file.name}."
+        )
+
+
+def _check_repeats(read: dict[str, _Annotated]) -> None:
+  """Raises `UserError` if an image is listed twice, in one file or in two."""
+  parts = tuple(read.values())
+  names = [name for part in parts for name in part.files]
+  if pair := folders.repeated(names):
+    ends = list(itertools.accumulate(len(part.files) for part in parts))
+    first, second = (parts[bisect.bisect_right(ends, position)] for position in pair)
+    where = 'listed twice' if first is second else f'listed in {first.file.name} as well'
+    raise errors.UserError(f'{second.file}: {names[pair[1]]} is {where}.')
+
+
+def _file_name(value: object) -> str:
+  if not isinstance(value, str) or not value:
     raise TypeError
-  return value
+  # What leads out of the folder is refused later.
+  needs_it = ('./' in value or '//' in value) and '..' not in value
+  return posixpath.normpath(value) if needs_it else value
 
 
 def _whole(value: object) -> int:
-  if not isinstance(value, int):
+  if not isinstance(value, int) or not -(2**63) <= value < 2**63:
     raise TypeError
   return value
 
 
-def _name(category: dict[str, object]) -> str | None:
-  name = category.get('name')
-  return None if name is None else str(name)
+def _add_category(file: pathlib.Path, names: dict[int, str | None], category: Any) -> None:
+  try:
+    number, name = _whole(category['id']), category.get('name')
+  except (KeyError, TypeError) as error:
+    raise errors.UserError(
+      f'{file}: {str(category)[:200]}: a category needs an id, a whole number below 2**63.'
+    ) from error
+  if number in names:
+    raise errors.UserError(f'{file}: two categories have the id {number}.')
+  names[number] = None if name is None else str(name)
 
 
 def _categories(
@@ -246,11 +285,9 @@ def _class_names(folder: pathlib.Path, train: _Annotated, ids: np.ndarray) -> tu
     raise errors.UserError(f"{train.file}: there are no 'categories' in it.")
   named, file = dict(train.names), folder / CATEGORIES_FILE
   if file.is_file():
-    listed = {}
+    listed: dict[int, str | None] = {}
     for _, item in json_stream.elements(file):
-      if not isinstance(item, dict) or not isinstance(item.get('id'), int):
-        raise errors.UserError(f'{file}: {str(item)[:200]}: a category needs an id and a name.')
-      listed[item['id']] = _name(item)
+      _add_category(file, listed, item)
     missing = [int(i) for i in ids if i not in listed]
     if missing:
       raise errors.UserError(f'{file}: category {missing[0]} of {train.file.name} is not in it.')

@@ -51,19 +51,19 @@ def draw(
     headers: a word above each column.
 
   Returns:
-    uint8 of the size that `size` says.
+    uint8 [height, width, 3]: the rows, with room for what stands above and below.
   """
-  width, height = size(len(cells), columns=columns, cell=cell, title=title, headers=headers)
+  width, height = _size(len(cells), columns=columns, cell=cell, title=title, headers=headers)
   canvas = Image.new('RGB', (width, height), 'white')
   pen = ImageDraw.Draw(canvas)
   top, side = 0, cell - 2 * margin
   if title:
     pen.font = ImageFont.load_default(_TITLE_SIZE)
-    pen.text((4, 3), fitting(pen, title, width - 8), fill=GREY)
+    pen.text((4, 3), _fitting(pen, title, width - 8), fill=GREY)
     top += _HEADER
   pen.font = ImageFont.load_default(_FONT_SIZE)
   for column, word in enumerate(headers):
-    pen.text((column * cell + 4, top + 4), fitting(pen, word, cell - 8), fill=GREY)
+    pen.text((column * cell + 4, top + 4), _fitting(pen, word, cell - 8), fill=GREY)
   top += _HEADER if headers else 0
   for i, one in enumerate(cells):
     x, y = i % columns * cell, top + i // columns * (cell + caption_height())
@@ -72,11 +72,11 @@ def draw(
     if one.frame is not None:
       pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=one.frame, width=margin)
     for number, (line, colour) in enumerate(zip(one.caption, one.colours, strict=False)):
-      pen.text((x + 4, y + cell + number * _LINE), fitting(pen, line, cell - 8), fill=colour)
+      pen.text((x + 4, y + cell + number * _LINE), _fitting(pen, line, cell - 8), fill=colour)
   return np.asarray(canvas)
 
 
-def size(
+def _size(
   count: int, *, columns: int, cell: int, title: str = '', headers: Sequence[str] = ()
 ) -> tuple[int, int]:
   """(width, height) of what `draw` draws, in pixels."""
@@ -117,7 +117,7 @@ def mixed_caption(
   return (f'{class_names[label]} {percent} %', f'+ {class_names[partner]} {100 - percent} %')
 
 
-def fitting(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
+def _fitting(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
   """The text, cut so that it is at most `width` pixels wide."""
   if pen.textlength(text) <= width:
     return text

@@ -12,6 +12,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils, detect, resize, sources
 from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.pipeline import Pipeline
 from losa_scenic.model_lib.spec import BackboneSpec
 
 # name -> 'module:function'; the module is imported when it is asked for. The function takes its
@@ -107,7 +108,7 @@ def build_dataset(
     batch_size: training images per batch, of all hosts together.
     eval_batch_size: validation and test images per batch, of all hosts together.
     num_shards: number of devices that share a batch; it must divide both batch sizes.
-    dtype_str: 'uint8' or 'float32', see `dataset_utils.Pipeline`.
+    dtype_str: 'uint8' or 'float32', see `Pipeline`.
     shuffle_seed: seed of the training order and of the augmentation, at least 0.
     image_size: side of the images in pixels.
     interpolation: how they are resized, unless `dataset_configs` says another: one of
@@ -116,7 +117,7 @@ def build_dataset(
       `train_split` ('train', or 'trainval' to train on the training and validation images, with no
       validation left), `metric` ('accuracy' or 'per_class'), `image_size` and `interpolation` (in
       the place of the arguments), `central_crop` (see `resize.View`), `max_bad_fraction` and
-      `cache_gigabytes` (see `dataset_utils.Pipeline`) and `normalisation`, which is the model's
+      `cache_gigabytes` (see `Pipeline`) and `normalisation`, which is the model's
       affair (see `run_config.resolve`). All others are options of the set's own function.
     augment: fields of `augment.Augment`.
     workers: number of loader processes; 0 for threads.
@@ -130,31 +131,76 @@ def build_dataset(
     errors.UserError: for unknown names and options and for values out of range.
   """
   given = config_lib.to_dict(dataset_configs)
-  common = {key: value for key, value in given.items() if key in COMMON_OPTIONS}
-  if 'normalisation' in common:
-    errors.one_of('normalisation', common['normalisation'], NORMALISATIONS)
-  dataset_utils.check_at_least('num_shards', num_shards, 1)
+  errors.check_at_least('num_shards', num_shards, 1)
   _check_divisible('batch_size', batch_size, num_shards)
   _check_divisible('eval_batch_size', eval_batch_size, num_shards)
-  view = resize.View(
-    common.get('image_size', image_size),
-    common.get('interpolation', interpolation),
-    common.get('central_crop'),
+  pipeline = make_pipeline(
+    given,
+    batch_size=batch_size,
+    eval_batch_size=eval_batch_size,
+    image_size=image_size,
+    interpolation=interpolation,
+    dtype_str=dtype_str,
+    shuffle_seed=shuffle_seed,
+    augment=augment,
+    workers=workers,
+    host=host,
+    hosts=hosts,
   )
-  pipeline = dataset_utils.Pipeline(
+  name, splits = open_splits(name, pipeline.view.image_size, given)
+  return dataset_utils.make_dataset(splits, pipeline, name)
+
+
+def make_pipeline(
+  dataset_configs: Mapping[str, Any] | None = None,
+  *,
+  batch_size: int,
+  eval_batch_size: int,
+  image_size: int,
+  interpolation: str = 'bicubic',
+  dtype_str: str = 'uint8',
+  shuffle_seed: int = 0,
+  augment: Mapping[str, Any] | None = None,
+  workers: int = 0,
+  host: int = 0,
+  hosts: int = 1,
+) -> Pipeline:
+  """What `COMMON_OPTIONS` and the other settings make of any set's images, checked.
+
+  The arguments are those of `build_dataset`; other options than the common ones are not looked at.
+
+  Raises:
+    errors.UserError: for a value of a wrong type or out of range.
+  """
+  common = {k: v for k, v in config_lib.to_dict(dataset_configs).items() if k in COMMON_OPTIONS}
+  for key, value in common.items():
+    kind = COMMON_OPTIONS[key]
+    if type(value) is not kind and not (kind is float and type(value) is int):
+      raise errors.UserError(f'{key} must be of type {kind.__name__}, not {value!r}.')
+  if 'normalisation' in common:
+    errors.one_of('normalisation', common['normalisation'], NORMALISATIONS)
+  errors.one_of('train_split', common.get('train_split', 'train'), TRAIN_SPLITS)
+  if workers and common.get('cache_gigabytes'):
+    raise errors.UserError(
+      f'cache_gigabytes {common["cache_gigabytes"]:g} has no effect with {workers} loader '
+      'processes, which keep nothing: leave it out, or use threads (num_workers 0).'
+    )
+  return Pipeline(
     batch_size=batch_size,
     eval_batch_size=eval_batch_size,
     shuffle_seed=shuffle_seed,
     dtype_str=dtype_str,
-    view=view,
+    view=resize.View(
+      common.get('image_size', image_size),
+      common.get('interpolation', interpolation),
+      common.get('central_crop'),
+    ),
     augment=config_lib.build(Augment, block=augment, what='augment'),
     workers=workers,
     host=host,
     hosts=hosts,
     **{k: common[k] for k in ('metric', 'max_bad_fraction', 'cache_gigabytes') if k in common},
   )
-  name, splits = open_splits(name, view.image_size, given)
-  return dataset_utils.make_dataset(splits, pipeline, name)
 
 
 def open_splits(
@@ -198,7 +244,7 @@ def _train_on_valid(splits: sources.Splits, what: str) -> sources.Splits:
 
 
 def _check_divisible(option: str, batch_size: int, num_shards: int) -> None:
-  dataset_utils.check_at_least(option, batch_size, 1)
+  errors.check_at_least(option, batch_size, 1)
   if batch_size % num_shards:
     raise errors.UserError(
       f'{option} {batch_size} cannot be shared by {num_shards} devices: use a multiple of '

@@ -130,6 +130,8 @@ def _errors_name(name: str) -> Iterator[None]:
     raise BadImage(name, 'not a JPEG, PNG, WebP, GIF, BMP or TIFF image') from error
   except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
     raise BadImage(name, f'too large an image ({error})') from error
+  except MemoryError:
+    raise  # Not the image's fault.
   # Broken files make Pillow raise nearly anything: OSError, SyntaxError, struct.error, IndexError.
   except Exception as error:
     raise BadImage(name, f'the image cannot be read ({error})') from error

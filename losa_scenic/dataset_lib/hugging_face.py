@@ -83,8 +83,7 @@ class HuggingFaceSource:
       path = os.path.join(self.root, stored['path'])
       name = f'{name} ({path})'
       try:
-        with open(path, 'rb') as file:
-          image = file.read()
+        image = sources.read_file(path)
       except OSError as error:
         raise sources.BadImage(name, f'cannot be read ({error.strerror})') from error
     return sources.Record(image, int(self.labels[index]), name)

@@ -14,7 +14,8 @@ A split-off part takes the same share of every class. Which images it takes depe
 follow the alphabetical order of the class folders of the training images.
 
 Nothing is left out silently: every file in a class folder must be named as an image. Hidden files
-and `Thumbs.db` are skipped. Images are opened when they are needed, not before.
+and `Thumbs.db` are skipped. Links are followed. Images are opened when they are needed, not before:
+a link that leads nowhere is found, and replaced as any bad image, when it is read.
 """
 
 import os
@@ -111,7 +112,7 @@ def _class_files(folder: pathlib.Path) -> _ClassFiles:
   if not classes:
     raise errors.UserError(f'{folder}: there are no class folders in it.')
   for entry in _visible(folder):
-    if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
+    if entry.name.lower().endswith(EXTENSIONS) and not folders.is_folder(entry):
       raise errors.UserError(f'{entry.path}: an image outside the class folders.')
   return {entry.name: _files(entry.path) for entry in classes}
 
@@ -119,11 +120,16 @@ def _class_files(folder: pathlib.Path) -> _ClassFiles:
 def _files(class_folder: str) -> list[str]:
   entries = _visible(pathlib.Path(class_folder))
   for entry in entries:
-    if entry.is_dir():
+    if folders.is_folder(entry):
       raise errors.UserError(f'{entry.path}: a folder inside a class folder; images lie in it.')
     if not entry.name.lower().endswith(EXTENSIONS):
       raise errors.UserError(
         f'{entry.path}: not an image; class folders may hold {", ".join(EXTENSIONS)}.'
+      )
+    # Opening a pipe would wait for ever. For what is no link, neither call asks the disk.
+    if not folders.is_file(entry) and not (entry.is_symlink() and not os.path.exists(entry.path)):
+      raise errors.UserError(
+        f'{entry.path}: neither a file nor a link to one (a pipe, a device..).'
       )
   if not entries:
     raise errors.UserError(f'{class_folder}: the class folder is empty.')
@@ -131,7 +137,7 @@ def _files(class_folder: str) -> list[str]:
 
 
 def _subfolders(folder: pathlib.Path) -> list[os.DirEntry[str]]:
-  return [entry for entry in _visible(folder) if entry.is_dir()]
+  return [entry for entry in _visible(folder) if folders.is_folder(entry)]
 
 
 def _visible(folder: pathlib.Path) -> list[os.DirEntry[str]]:

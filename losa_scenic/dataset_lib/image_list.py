@@ -17,7 +17,7 @@ validation images nothing is split off unless `val_fraction` is given: published
 import itertools
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import folders, list_rows, sources, splitting
@@ -66,7 +66,9 @@ def splits(
   else:
     folder, files = path.parent, {'train': path}
   rows = _read(folder, files)
-  ids, names = list_rows.class_ids(rows, folders.class_names(folder, class_names))
+  numbered = list_rows.is_numbered(rows)
+  names = folders.class_names(folder, class_names, numbered=numbered)
+  ids, names = list_rows.class_ids(rows, names)
   parts: dict[str, sources.Source] = {}
   about = [f'list {path}: {folders.class_summary(ids["train"], len(names))}']
   for part, listed in rows.items():
@@ -86,28 +88,28 @@ def splits(
   return sources.Splits(parts['train'], parts.get('val'), parts['test'], names, (*about, *more))
 
 
-def find(folder: pathlib.Path) -> dict[str, str]:
+def find(names: Iterable[str]) -> dict[str, str]:
   """The lists in a folder that have one of the known names.
 
   Args:
-    folder: where to look; nothing is opened.
+    names: of the files in the folder.
 
   Returns:
     'train' and perhaps 'val' and 'test' -> file name; empty if there are no such lists.
   """
-  files = set(folders.visible_files(folder))
+  files = set(names)
   for extensions in (('.txt',), tuple(list_rows.DELIMITERS)):
-    for names, extension in itertools.product(_NAMES, extensions):
-      if names[0] + extension in files:
-        parts = zip(('train', 'val', 'test'), names, strict=True)
+    for known, extension in itertools.product(_NAMES, extensions):
+      if known[0] + extension in files:
+        parts = zip(('train', 'val', 'test'), known, strict=True)
         return {part: name + extension for part, name in parts if name + extension in files}
   return {}
 
 
-def tables(folder: pathlib.Path) -> list[str]:
-  """Names of the CSV and TSV files in a folder that may list training images."""
-  files = map(pathlib.Path, folders.visible_files(folder))
-  others = {name for names in _NAMES for name in names[1:]}
+def tables(names: Iterable[str]) -> list[str]:
+  """Of the names of files in a folder, the CSV and TSV files that may list training images."""
+  files = map(pathlib.Path, names)
+  others = {name for known in _NAMES for name in known[1:]}
   return [
     file.name
     for file in files
@@ -117,7 +119,8 @@ def tables(folder: pathlib.Path) -> list[str]:
 
 def _list_files(folder: pathlib.Path, given: Mapping[str, str | None]) -> dict[str, pathlib.Path]:
   """The list of each part: the one that is given, else the one of a known name."""
-  found = find(folder)
+  here = folders.visible_files(folder)
+  found = find(here)
   if given['train']:
     # It may include the validation images, but no test images.
     names = (f'test{extension}' for extension in list_rows.EXTENSIONS)
@@ -129,7 +132,7 @@ def _list_files(folder: pathlib.Path, given: Mapping[str, str | None]) -> dict[s
     if given[part] or part in found
   }
   if 'train' not in files:
-    candidates = tables(folder)
+    candidates = tables(here)
     if len(candidates) != 1 or files:
       looked_for = ', '.join(f'{names[0]}.txt/.csv/.tsv' for names in _NAMES)
       raise errors.UserError(
@@ -148,6 +151,9 @@ def _read(folder: pathlib.Path, files: dict[str, pathlib.Path]) -> dict[str, lis
         f'{file}: a list must be one of {", ".join(list_rows.EXTENSIONS)} (text: '
         "'path label' a line; tables: with a header)."
       )
+  for (part, file), (other, same) in itertools.combinations(files.items(), 2):
+    if file.samefile(same):
+      raise errors.UserError(f'{file}: this list is given for two parts, {part} and {other}.')
   if len(files) == 1:
     rows = list_rows.read(files['train'], folder)
     if 'train' not in rows:

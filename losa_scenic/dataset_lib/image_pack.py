@@ -39,7 +39,7 @@ class PackSource:
     self._images = [
       pack['blob'][start:stop].tobytes() for start, stop in zip(starts, stops, strict=True)
     ]
-    self._labels = pack['label'][members]
+    self.labels = pack['label'][members]
 
   def __len__(self) -> int:
     """Number of images."""
@@ -48,7 +48,7 @@ class PackSource:
   def __getitem__(self, index: int) -> sources.Record:
     """See `Source`."""
     name = f'{self.file}, image {self.members[index]}'
-    return sources.Record(self._images[index], int(self._labels[index]), name)
+    return sources.Record(self._images[index], int(self.labels[index]), name)
 
 
 def splits(*, root: str | None = None) -> sources.Splits:

@@ -80,7 +80,7 @@ class _Reader:
     while True:
       try:
         value, end = self._decode(self._text, self._at)
-      except (json.JSONDecodeError, RecursionError) as error:
+      except (ValueError, RecursionError) as error:  # Numbers of 4,301 digits are ValueErrors.
         if len(self._text) - self._at < _LARGEST and self._more():
           continue
         raise self.error(str(error)) from error

@@ -2,6 +2,7 @@
 
 import csv
 import pathlib
+import posixpath
 import re
 from collections.abc import Iterator
 from typing import NamedTuple, TextIO
@@ -22,7 +23,8 @@ COLUMNS = {
 # What a split column may say, and the part that is meant.
 PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
 
-_INTEGER = re.compile(r'[+-]?[0-9]+')
+_INTEGER = re.compile(r'[+-]?[0-9]{1,18}')
+_NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
 
 
 class Rows(NamedTuple):
@@ -31,7 +33,7 @@ class Rows(NamedTuple):
   Attributes:
     file: where they are listed.
     lines: the number of each row's (last) line, from 1.
-    paths: of the images.
+    paths: of the images, without './' and the like: two spellings of a path are one image.
     labels: as they are written.
   """
 
@@ -83,15 +85,15 @@ def read(file: pathlib.Path, root: pathlib.Path, part: str | None = None) -> dic
           sources.check_inside(row.path, root)
         except errors.UserError as error:
           raise errors.UserError(f'{where}: {error}') from error
-        name = row.part or part or 'train'
-        label = seen.setdefault((name, row.path), row.label)
+        path, name = posixpath.normpath(row.path), row.part or part or 'train'
+        label = seen.setdefault((name, path), row.label)
         if label != row.label:
           raise errors.UserError(
-            f"{where}: {row.path} has label '{row.label}', but '{label}' further up."
+            f"{where}: {path} has label '{row.label}', but '{label}' further up."
           )
         rows = parts.setdefault(name, Rows(file, [], [], []))
         rows.lines.append(row.line)
-        rows.paths.append(row.path)
+        rows.paths.append(path)
         rows.labels.append(row.label)
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UserError(f'{file}: cannot be read as UTF-8 text ({error}).') from error
@@ -157,6 +159,11 @@ def _columns(file: pathlib.Path, header: list[str]) -> dict[str, int]:
   return columns
 
 
+def is_numbered(parts: dict[str, Rows]) -> bool:
+  """Whether the labels are whole numbers; `class_ids` refuses a mixture."""
+  return bool(_INTEGER.fullmatch(parts['train'].labels[0]))
+
+
 def class_ids(
   parts: dict[str, Rows], names: tuple[str, ...] | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
@@ -171,18 +178,12 @@ def class_ids(
     int32 [n] for each part, and the class names.
 
   Raises:
-    errors.UserError: naming file and line of a label that is out of range, unknown or of the other
-      kind.
+    errors.UserError: naming file and line of a label that is out of range, unknown, of the other
+      kind, or a number that is not whole.
   """
   rows = [(part, i) for part, listed in parts.items() for i in range(len(listed.labels))]
-  is_integer = [bool(_INTEGER.fullmatch(parts[part].labels[i])) for part, i in rows]
-  if any(is_integer) and not all(is_integer):
-    part, i = rows[is_integer.index(not is_integer[0])]
-    raise errors.UserError(
-      f"{parts[part].where(i)}: label '{parts[part].labels[i]}': some labels are whole numbers and "
-      'some are names; write all as numbers or all as names.'
-    )
-  if is_integer[0]:
+  _check_kind(parts, rows, names)
+  if is_numbered(parts):
     numbers = {part: [int(label) for label in listed.labels] for part, listed in parts.items()}
     names = names or _numbered(parts, numbers)
     for part, i in rows:
@@ -204,6 +205,33 @@ def class_ids(
     for part, listed in parts.items()
   }
   return ids, names
+
+
+def _check_kind(
+  parts: dict[str, Rows], rows: list[tuple[str, int]], names: tuple[str, ...] | None
+) -> None:
+  """Raises `UserError` unless all labels are whole numbers or all are names.
+
+  '0.0' .. '11.0', as a program writes whole numbers that it has read as decimals, are no names:
+  sorted they would be 0.0, 1.0, 10.0. Names like '0.5' must be in the file of class names.
+  """
+  is_integer = [bool(_INTEGER.fullmatch(parts[part].labels[i])) for part, i in rows]
+  if all(is_integer):
+    return
+  part, i = rows[is_integer.index(False)]
+  where = f"{parts[part].where(i)}: label '{parts[part].labels[i]}'"
+  texts = {label for listed in parts.values() for label in listed.labels}
+  if not texts <= set(names or ()) and all(map(_NUMBER.fullmatch, texts)):
+    raise errors.UserError(
+      f'{where}: labels that are numbers must be whole and written without a point: 0, 1, 2.. '
+      'If they are the names of classes, list them in their order in classes.txt.'
+    )
+  if any(is_integer):
+    part, i = rows[is_integer.index(not is_integer[0])]
+    raise errors.UserError(
+      f"{parts[part].where(i)}: label '{parts[part].labels[i]}': some labels are whole numbers and "
+      'some are names; write all as numbers or all as names.'
+    )
 
 
 def _numbered(parts: dict[str, Rows], numbers: dict[str, list[int]]) -> tuple[str, ...]:

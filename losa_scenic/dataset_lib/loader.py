@@ -6,26 +6,28 @@ that can, so that the batches before and after it stay what they were; in evalua
 masked, so that no image counts twice.
 """
 
+import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent import futures
+from multiprocessing import connection
 from typing import Any
 
 import cv2
 import numpy as np
 
-from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import augment as augment_lib
 from losa_scenic.dataset_lib import decode, resize
 from losa_scenic.dataset_lib.bad_files import Problem
+from losa_scenic.dataset_lib.cache import Cache
 from losa_scenic.dataset_lib.sources import BadImage, Record, Source
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _THREADS = min(16, _CORES)
 cv2.setNumThreads(0)  # Threads work on whole images here; OpenCV's own would only fight with them.
 _pool: futures.ThreadPoolExecutor | None = None
-_lock = threading.Lock()  # of what is made once: the pool, the arrays of caches
+_pool_lock = threading.Lock()
 
 
 class Loader:
@@ -58,14 +60,20 @@ class Loader:
       augment: what is drawn at random; None for nothing.
       seed: of the augmentation.
       split: 'train', 'valid' or 'test'.
-      max_bad_fraction: more unreadable images than this share of the split end the run.
+      max_bad_fraction: with more unreadable images than this share of the split, no replacements
+        are looked for any more.
       cache_bytes: keep decoded images in memory if those of the split fit into this many bytes.
     """
     self.source, self.view, self.split = source, view, split
     self.augment = augment or augment_lib.Augment()
     self.bad: dict[int, Problem] = {}
-    self._seed, self._max_bad_fraction = seed, max_bad_fraction
-    self._cache = _Cache(len(source), None if self.augment.crops else view.image_size, cache_bytes)
+    self._seed, self._allowed_bad = seed, int(max_bad_fraction * len(source))
+    self._cache = Cache(len(source), None if self.augment.crops else view.image_size, cache_bytes)
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    """Unpickles; in a loader process, sees to it that the process ends with its parent."""
+    self.__dict__.update(state)
+    _end_with_parent()
 
   def batch(
     self, indices: np.ndarray, epochs: np.ndarray, count: int | None = None
@@ -81,16 +89,14 @@ class Loader:
       'inputs' uint8 [count, s, s, 3], 'label' int32 [count], 'batch_mask' float32 [count], 'index'
       int32 [count] (-1 where masked). Where images are mixed, also 'partner_label' int32 [count]
       and 'label_share' float32 [count], the share of 'label'. Where images were bad, also
-      'problems', a list of `Problem`.
-
-    Raises:
-      errors.UserError: if too large a share of the split cannot be read.
+      'problems', a list of `Problem`: all that were met, also in looking for replacements.
     """
     count, size = len(indices) if count is None else count, self.view.image_size
     labels, mask = np.zeros(count, np.int32), np.zeros(count, np.float32)
     mask[: len(indices)] = 1.0
     index = np.full(count, -1, np.int32)
     index[: len(indices)] = indices
+    met: set[int] = set()
     plain = not self.augment.active and count == len(indices)
     images = self._cache.gather(indices) if plain else None
     if images is not None:
@@ -100,7 +106,7 @@ class Loader:
       images[len(indices) :] = 0
 
       def load(slot: int) -> None:
-        shown = self._load(int(indices[slot]), int(epochs[slot]))
+        shown = self._load(int(indices[slot]), int(epochs[slot]), met)
         if shown is None:
           images[slot], mask[slot], index[slot] = 0, 0.0, -1
         else:
@@ -120,31 +126,25 @@ class Loader:
         'partner_label': mixed.partner_labels,
         'label_share': mixed.share,
       }
-    problems = [self.bad[i] for i in dict.fromkeys(indices.tolist()) if i in self.bad]
-    return batch | ({'problems': problems} if problems else {})
+    return batch | ({'problems': [self.bad[i] for i in sorted(met)]} if met else {})
 
-  def _load(self, index: int, epoch: int) -> tuple[np.ndarray, int] | None:
-    """What stands at a position: its image, in training the next readable one, or None."""
+  def _load(self, index: int, epoch: int, met: set[int]) -> tuple[np.ndarray, int] | None:
+    """What stands at a position: its image, in training the next readable one, or None.
+
+    Positions of images that could not be read are added to `met`.
+    """
     for other in range(index, index + len(self.source)):
       other %= len(self.source)
       if other not in self.bad:
         try:
           return self._show(other, epoch)
         except BadImage as error:
-          self._mark(other, error)
-      if self.split != 'train':
-        return None
-    raise AssertionError('Too many bad images are an error before all of them are.')
-
-  def _mark(self, index: int, error: BadImage) -> None:
-    self.bad[index] = Problem(self.split, index, error.id, error.reason)
-    allowed = self._max_bad_fraction * len(self.source)
-    if len(self.bad) > allowed:
-      raise errors.UserError(
-        f'{error} That is unreadable image {len(self.bad)} of the {len(self.source):,} in the '
-        f'{self.split} split, and at most {int(allowed)} are allowed '
-        f'(dataset_configs.max_bad_fraction = {self._max_bad_fraction:g}).'
-      ) from error
+          self.bad[other] = Problem(self.split, other, error.id, error.reason)
+      met.add(other)
+      # With too many of them the run ends as soon as it hears of it: no use to look further.
+      if self.split != 'train' or len(self.bad) > self._allowed_bad:
+        break
+    return None
 
   def _show(self, index: int, epoch: int) -> tuple[np.ndarray, int]:
     if not self.augment.active:
@@ -168,71 +168,51 @@ class Loader:
     if pixels is None:
       record = self.source[index]
       label = record.label
-      if isinstance(record.image, bytes) and not self._cache.open:
-        return self._cropped_file(record.image, record.id, rng), label
-      pixels = _decoded(record)
+      if isinstance(record.image, bytes):
+        header = decode.read_header(record.image, record.id)
+        # Not a matter of the cache: what is shown must not depend on what was kept.
+        if header.reducible and min(header.height, header.width) >= 2 * self.view.image_size:
+          return self._cropped_file(record.image, record.id, header, rng), label
+        pixels = decode.decode(record.image, record.id, header)
+      else:
+        pixels = record.image
       self._cache.put(index, pixels, label)
     height, width = pixels.shape[:2]
     box = augment_lib.random_crop(rng, height, width, self.augment.min_crop_area)
     size = self.view.image_size
     return resize.resize(pixels, size, self.augment.interpolation, box), label
 
-  def _cropped_file(self, encoded: bytes, name: str, rng: np.random.Generator) -> np.ndarray:
-    """A random crop of a file, of which no more detail is decoded than the crop needs."""
-    header = decode.read_header(encoded, name)
+  def _cropped_file(
+    self, encoded: bytes, name: str, header: decode.Header, rng: np.random.Generator
+  ) -> np.ndarray:
+    """A random crop of a large JPEG, of which no more detail is decoded than the crop needs."""
     box = augment_lib.random_crop(rng, header.height, header.width, self.augment.min_crop_area)
-    reduction = 1
-    if header.reducible:
-      enough = min(box.height, box.width) // self.view.image_size
-      reduction = next((r for r in decode.REDUCTIONS if r <= enough), 1)
+    enough = min(box.height, box.width) // self.view.image_size
+    reduction = next((r for r in decode.REDUCTIONS if r <= enough), 1)
     pixels = decode.decode(encoded, name, header, reduction)
     box = _reduced(box, reduction, pixels.shape)
     return resize.resize(pixels, self.view.image_size, self.augment.interpolation, box)
 
 
-class _Cache:
-  """Decoded images, kept the first time they are made; safe for threads.
+_watch: threading.Thread | None = None
 
-  Images of one size are kept in one array, for whole batches at once; others one by one, as long as
-  there is room.
+
+def _end_with_parent() -> None:
+  """In a process made by `multiprocessing`: ends it when the one that made it is gone.
+
+  A killed run could not tell its loader processes, which would wait for ever.
   """
+  global _watch
+  parent = multiprocessing.parent_process()
+  if parent is None or _watch is not None:
+    return
 
-  def __init__(self, count: int, image_size: int | None, max_bytes: int) -> None:
-    self.labels = np.zeros(count, np.int32)
-    self._size, self._room = image_size, max_bytes
-    self._images: np.ndarray | dict[int, np.ndarray] | None = {}
-    self._kept = np.zeros(count, bool)
-    if image_size is not None and count * image_size**2 * 3 > max_bytes:
-      self._images = None
+  def watch() -> None:
+    connection.wait([parent.sentinel])
+    os._exit(1)
 
-  @property
-  def open(self) -> bool:
-    """Whether another image would be kept."""
-    return self._images is not None and self._room > 0
-
-  def get(self, index: int) -> tuple[np.ndarray | None, int]:
-    if not self._kept[index] or self._images is None:
-      return None, 0
-    return self._images[index], int(self.labels[index])
-
-  def put(self, index: int, image: np.ndarray, label: int) -> None:
-    if self._images is None or (self._size is None and self._room < image.nbytes):
-      self._room = 0
-      return
-    with _lock:
-      if self._size is None:
-        self._room -= image.nbytes
-      elif not isinstance(self._images, np.ndarray):
-        self._images = np.empty((len(self._kept), self._size, self._size, 3), np.uint8)
-    self._images[index], self.labels[index] = image, label
-    self._kept[index] = True
-
-  def gather(self, indices: np.ndarray) -> np.ndarray | None:
-    """The images [b, s, s, 3] as a new array if all are there."""
-    if not isinstance(self._images, np.ndarray) or not self._kept[indices].all():
-      return None
-    # `take` copies rows three times as fast as `images[indices]`.
-    return self._images.take(indices, axis=0)
+  _watch = threading.Thread(target=watch, name='end with parent', daemon=True)
+  _watch.start()
 
 
 def _decoded(record: Record) -> np.ndarray:
@@ -266,7 +246,7 @@ def parallel(work: Callable[[int], object], count: int) -> None:
     for position in range(count):
       work(position)
     return
-  with _lock:
+  with _pool_lock:
     _pool = _pool or futures.ThreadPoolExecutor(_THREADS, 'decode')
   waiting = [_pool.submit(_some, work, range(k, count, _THREADS)) for k in range(_THREADS)]
   try:

@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-DIGEST_BYTES = 16
-
 
 class Repeats(NamedTuple):
   """Who repeats whom; positions run through all splits, one after another.
@@ -26,7 +24,7 @@ class Repeats(NamedTuple):
 
 def digest(image: bytes | np.ndarray) -> np.ndarray:
   """What identifies an image: uint64 [2] of the encoded bytes, or of shape and pixels."""
-  content = hashlib.blake2b(digest_size=DIGEST_BYTES)
+  content = hashlib.blake2b(digest_size=16)
   if isinstance(image, np.ndarray):
     content.update(repr(image.shape).encode())
     content.update(np.ascontiguousarray(image).data)

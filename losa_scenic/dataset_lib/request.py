@@ -1,15 +1,17 @@
 """A data set as a command asks for it: its name, options and view, before it is opened."""
 
+import contextlib
 import dataclasses
 import difflib
-import pathlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Mapping
 from typing import Any
 
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import dataset_utils, datasets, detect, resize, sources
 from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.pipeline import Pipeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,28 +45,38 @@ class Request:
     return f'{self.name} {root}' if root else self.name
 
   @property
-  def view(self) -> resize.View:
-    """What of an image is shown where nothing is augmented."""
-    get = self.options.get
-    dataset_utils.check_at_least('image_size', get('image_size', self.image_size), 1)
-    return resize.View(
-      get('image_size', self.image_size),
-      get('interpolation', self.interpolation),
-      get('central_crop'),
+  def pipeline(self) -> Pipeline:
+    """How a run would make batches of it.
+
+    Raises:
+      errors.UserError: for options that a run refuses.
+    """
+    return datasets.make_pipeline(
+      self.options,
+      batch_size=self.batch_size,
+      eval_batch_size=self.batch_size,
+      image_size=self.image_size,
+      interpolation=self.interpolation,
+      shuffle_seed=self.seed,
+      augment=dataclasses.asdict(self.augment),
+      workers=self.workers,
     )
 
   @property
+  def view(self) -> resize.View:
+    """What of an image is shown where nothing is augmented; see `pipeline`."""
+    return self.pipeline.view
+
+  @property
   def cache_bytes(self) -> int:
-    """What the loader may keep of decoded images."""
-    default = dataset_utils.Pipeline.cache_gigabytes
-    gigabytes = 0 if self.workers else self.options.get('cache_gigabytes', default)
-    return int(gigabytes * 1e9)
+    """What the loader may keep of decoded images; see `pipeline`."""
+    return 0 if self.workers else int(self.pipeline.cache_gigabytes * 1e9)
 
   def splits(self) -> sources.Splits:
     """Opens the images as they are stored.
 
     Raises:
-      errors.UserError: as the set's function does.
+      errors.UserError: as the set's function does, and for options that a run refuses.
     """
     return datasets.open_splits(self.name, self.view.image_size, self.options)[1]
 
@@ -114,10 +126,11 @@ def read(
       options and for values that are none.
   """
   texts = dict(options)
-  path, known = pathlib.Path(dataset).expanduser(), {*datasets.DATASETS, datasets.AUTO}
-  named = dataset in known and ('root' in texts or not path.exists())
+  # In `pathlib`, names that are too long for the file system and unknown '~users' are errors.
+  path, known = os.path.expanduser(dataset), {*datasets.DATASETS, datasets.AUTO}
+  named = dataset in known and ('root' in texts or not os.path.exists(path))
   if not named:
-    if not path.exists():
+    if not os.path.exists(path):
       raise unknown(dataset)
     if 'root' in texts:
       raise errors.UserError(f'{path} is the root already: root={texts["root"]} is too much.')
@@ -135,30 +148,14 @@ def read(
   )
 
 
-def pairs(flag: str, texts: Sequence[str]) -> dict[str, str]:
-  """['task=dtd'] -> {'task': 'dtd'}.
-
-  Raises:
-    errors.UserError: for a text without '=', or a key given twice; `flag` is named.
-  """
-  found: dict[str, str] = {}
-  for text in texts:
-    key, equals, value = text.partition('=')
-    if not key or not equals:
-      raise errors.UserError(f"{flag} takes KEY=VALUE, not '{text}'.")
-    if key in found:
-      raise errors.UserError(f'{flag} {key} is given twice.')
-    found[key] = value
-  return found
-
-
 def unknown(dataset: str) -> errors.UserError:
   """The error for a data set that is neither there nor known, naming the nearest of both."""
-  path, known = pathlib.Path(dataset).expanduser(), {*datasets.DATASETS, datasets.AUTO}
-  beside = []
-  if path.parent.is_dir():
-    beside = [str(path.parent / other.name) for other in path.parent.iterdir()]
-  near = difflib.get_close_matches(str(path), [*beside, *known], n=1)
+  path = os.path.normpath(os.path.expanduser(dataset))
+  known = {*datasets.DATASETS, datasets.AUTO}
+  folder, beside = os.path.dirname(path), []
+  with contextlib.suppress(OSError):  # It is not there, or not ours to list.
+    beside = [os.path.join(folder, name) for name in os.listdir(folder or '.')]
+  near = difflib.get_close_matches(path, [*beside, *known], n=1)
   hint = f" Did you mean '{near[0]}'?" if near else ''
   return errors.UserError(
     f"'{dataset}' is neither a file or folder nor the name of a data set.{hint} Names: "

@@ -14,7 +14,7 @@ from losa_scenic.dataset_lib.loader import Loader
 from losa_scenic.dataset_lib.request import Request
 
 SPLITS = ('train', 'valid', 'test')
-MOST = 2000  # images on a sheet
+_MOST = 2000  # images on a sheet
 _MARGIN = 2
 _RED = (190, 0, 0)
 # Looking at a set is no run: unreadable images are named, and do not end it.
@@ -44,9 +44,9 @@ def sheet(
   errors.one_of('split', split, SPLITS)
   for option, value, least in (('count', count, 1), ('epoch', epoch, 0), ('epochs', epochs, 1)):
     if value is not None:
-      dataset_utils.check_at_least(f'--{option}', value, least)
-  if count * (epochs or 1) > MOST:
-    raise errors.UserError(f'At most {MOST:,} images fit on a sheet (--count, --epochs).')
+      errors.check_at_least(f'--{option}', value, least)
+  if count * (epochs or 1) > _MOST:
+    raise errors.UserError(f'At most {_MOST:,} images fit on a sheet (--count, --epochs).')
   if split != 'train' and (epoch or epochs):
     raise errors.UserError(f'--epoch and --epochs are of training; {split} images never change.')
   side = contact_sheet.shown_side(request.view.image_size)
@@ -91,7 +91,8 @@ def _spread(request: Request, split: str, count: int) -> list[Cell]:
 
 def _epochs(request: Request, count: int, epoch: int, epochs: int) -> list[Cell]:
   """Training images from all over the split, a row each."""
-  splits, bad_files = request.splits(), BadFiles()
+  splits = request.splits()
+  bad_files = BadFiles({'train': len(splits.train)}, _BAD_FRACTION)
   loader = Loader(
     splits.train,
     request.view,

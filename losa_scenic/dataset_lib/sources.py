@@ -5,6 +5,7 @@ resizing, augmentation and batching are the pipeline's (`loader`, `dataset_utils
 """
 
 import dataclasses
+import errno
 import os
 import pathlib
 from collections.abc import Callable, Sequence
@@ -13,6 +14,10 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from losa_scenic.common_lib import errors
+
+# Errors that reading again does not mend; others (a stale NFS handle, EIO) may pass.
+_LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
+_LASTING |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
 
 class Record(NamedTuple):
@@ -86,7 +91,7 @@ class ArraySource:
   """Images held in memory as pixels.
 
   Attributes:
-    images: uint8 [n, h, w, 3], or n arrays uint8 [h, w, 3] of different sizes.
+    images: uint8 [n, h, w, 3], or n arrays uint8 [h, w, 3] of different sizes; h, w >= 1.
     labels: int32 [n] in [0, num_classes).
     name: of the set; image i is 'name[i]'.
     numbers: the i of each image.
@@ -114,9 +119,14 @@ class ArraySource:
       errors.UserError: for a label out of range, naming the image.
       ValueError: for shapes or types that do not fit.
     """
-    for image in [images] if isinstance(images, np.ndarray) else images:
-      if image.dtype != np.uint8 or image.shape[-1:] != (3,):
-        raise ValueError(f'Images must be uint8 [.., h, w, 3], not {image.dtype} {image.shape}.')
+    shapes = (
+      [(images.dtype, images.shape[1:])]
+      if isinstance(images, np.ndarray)
+      else ((image.dtype, image.shape) for image in images)
+    )
+    for dtype, shape in shapes:
+      if dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(f'Images must be uint8 [h, w, 3] with h, w >= 1, not {dtype} {shape}.')
     self.images, self.name = images, name
     self.numbers = np.arange(len(images)) if numbers is None else np.asarray(numbers)
     self.labels = checked_labels(
@@ -175,8 +185,7 @@ class FileSource:
     """See `Source`."""
     path = os.path.join(self.root, self.files[index])
     try:
-      with open(path, 'rb') as file:
-        return Record(file.read(), int(self.labels[index]), path)
+      return Record(read_file(path), int(self.labels[index]), path)
     except OSError as error:
       raise BadImage(path, f'cannot be read ({error.strerror})') from error
 
@@ -234,6 +243,25 @@ class Concat:
       raise IndexError(f'Positions must lie in [0, {len(self)}).')
     part = int(np.searchsorted(self._starts, index, side='right')) - 1
     return self.parts[part][index - int(self._starts[part])]
+
+
+def read_file(path: str | os.PathLike[str]) -> bytes:
+  """The bytes of a file; tried once more after an error that may pass, as of a network disk.
+
+  Raises:
+    OSError: if it cannot be read.
+  """
+  try:
+    return _read_once(path)
+  except OSError as error:
+    if error.errno in _LASTING:
+      raise
+  return _read_once(path)
+
+
+def _read_once(path: str | os.PathLike[str]) -> bytes:
+  with open(path, 'rb') as file:
+    return file.read()
 
 
 def check_inside(file: str, root: str | os.PathLike[str]) -> None:

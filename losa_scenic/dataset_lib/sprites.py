@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import dataset_utils, sources
+from losa_scenic.dataset_lib import sources
 
 SHAPES = ('square', 'ellipse', 'heart')
 # Number of values of: shape, scale, orientation, x-position, y-position.
@@ -57,7 +57,7 @@ def splits(
   column = LABELS[errors.one_of("label of dataset 'sprites'", label, LABELS)]
   counts = {'num_train': num_train, 'num_val': num_val, 'num_test': num_test, 'seed': seed}
   for option, value in counts.items():
-    dataset_utils.check_at_least(option, value, 0)
+    errors.check_at_least(option, value, 0)
   if num_train + num_val + num_test > NUM_IMAGES:
     raise errors.UserError(
       f'num_train + num_val + num_test = {num_train + num_val + num_test:,} is more than the '

@@ -13,9 +13,10 @@ That needs plain tar files: a compressed one can only be read from its beginning
 split off the training images, see `splitting`.
 """
 
+import collections
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent import futures
 
 import numpy as np
@@ -143,22 +144,22 @@ def splits(
   return sources.Splits(parts['train'], parts.get('val'), parts['test'], names, (*about, *more))
 
 
-def find(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
+def find(entries: Sequence[os.DirEntry[str]]) -> dict[str, list[pathlib.Path]]:
   """The shards in a folder that have one of the known names, compressed ones as well.
 
   Args:
-    folder: where to look, and in its folders train/, val/ and test/; nothing is opened.
+    entries: what is in the folder, see `folders.entries`; its folders train/, val/ and test/ are
+      read as well, but no file is opened.
 
   Returns:
     'train', 'val', 'test' -> files in order, those only that have any.
   """
   found: dict[str, list[pathlib.Path]] = {}
-  entries = folders.entries(folder)
   for part, prefixes in _PREFIXES.items():
-    files = [e for e in entries if e.is_file() and _is_named(e.name, prefixes)]
+    files = [e for e in entries if _is_named(e.name, prefixes) and folders.is_file(e)]
     for entry in entries:
-      if entry.name in prefixes and entry.is_dir():
-        files += [e for e in folders.entries(pathlib.Path(entry.path)) if e.is_file()]
+      if entry.name in prefixes and folders.is_folder(entry):
+        files += [e for e in folders.entries(pathlib.Path(entry.path)) if folders.is_file(e)]
     shards = [pathlib.Path(file.path) for file in files if is_tar(file.name)]
     if shards:
       found[part] = shards
@@ -176,7 +177,7 @@ def _is_named(name: str, prefixes: tuple[str, ...]) -> bool:
 
 def _shards(folder: pathlib.Path, given: Mapping[str, str | None]) -> dict[str, list[pathlib.Path]]:
   """The shards of each part: those of its pattern, else those of a known name."""
-  shards = find(folder)
+  shards = find(folders.entries(folder))
   for part, pattern in given.items():
     if pattern:
       sources.check_inside(pattern, folder)
@@ -197,8 +198,8 @@ def _indices(
 ) -> dict[str, list[tar_index.ShardIndex]]:
   """The index of every shard of each part."""
   files = [file for of_part in shards.values() for file in of_part]
-  for i, file in enumerate(files):
-    if file in files[:i]:
+  for file, count in collections.Counter(files).items():
+    if count > 1:
       raise errors.UserError(f'{file}: this shard is in two parts of the set.')
     if file.name.lower().endswith(_COMPRESSED):
       raise errors.UserError(

@@ -143,7 +143,10 @@ def prepare_line(name: str, folder: pathlib.Path | str, file_format: str = 'arra
 
 
 def open_builder(
-  directory: str | os.PathLike[str], file_format: str = 'array_record', other: str = ''
+  directory: str | os.PathLike[str],
+  file_format: str = 'array_record',
+  other: str = '',
+  prepare: str = '',
 ) -> Any:
   """The `tfds.core.DatasetBuilder` of a prepared set, without the code that prepared it.
 
@@ -151,6 +154,7 @@ def open_builder(
     directory: see `find`.
     file_format: the files to read: 'array_record' or 'tfrecord'.
     other: what to use for the other format, for the message.
+    prepare: what to prepare in its place, for the same; by default this version of the set.
 
   Returns:
     A builder that reads these files.
@@ -165,8 +169,7 @@ def open_builder(
     raise errors.UserError(f'{directory}: TFDS cannot open it ({error}).') from error
   stored = {kind.value for kind in builder.info.available_file_formats()} or {'tfrecord'}
   if file_format not in stored:
-    name = builder.info.full_name
-    name = f'{os.path.dirname(name)}:{os.path.basename(name)}'
+    name = prepare or ':'.join(os.path.split(builder.info.full_name))
     raise errors.UserError(
       f'{directory} is prepared as {", ".join(sorted(stored))}, not as {file_format}. '
       f'{f"Use {other}, or prepare" if other else "Prepare"} it again in another folder (TFDS '

@@ -16,8 +16,9 @@ of these papers have it, inception (mean and deviation 0.5) or unit.
 The last training of a task takes train + val, --config.dataset_configs.train_split=trainval, and is
 judged by the test accuracy of the last epoch.
 
-Oxford Pets: published results took its images from version 3 of the TFDS set, which TFDS can no
-longer prepare. With version 4.0.0 the 1,000 training images may be others.
+In another version of a TFDS set than that of published results, the 1,000 training images may be
+others; a run says so. TFDS can no longer prepare the published versions of Caltech101, Oxford Pets
+and SVHN: those that were prepared earlier are read.
 """
 
 import functools
@@ -159,17 +160,16 @@ def _from_tfds(
     open_source = functools.partial(tfds_tfrecord.read, max_gigabytes=limit)
   directory = _builder_directory(task, tfds_builders.data_folder(root), file_format)
   other = f'--config.dataset_configs.data_path={other}'
-  builder = tfds_builders.open_builder(directory, file_format, other)
+  prepare = f'{task.builder}:{task.version}'
+  builder = tfds_builders.open_builder(directory, file_format, other, prepare)
   names, fields = _class_names(task, builder), task.source_fields()
   parts = {'train': task.train, 'val': task.valid, 'test': task.test}
   opened = {part: open_source(directory, split, fields) for part, split in parts.items()}
   for source in opened.values():
     tfds_records.check_first(source)
-  version = str(builder.info.version)
   about = [f'VTAB-1K {task.title}: {len(names)} classes, {builder.info.full_name} in {directory}']
   about += [f'{part}: {len(opened[part]):,} images, {split}' for part, split in parts.items()]
-  if version.partition('.')[0] != task.major:
-    about.append(task.note or f'the benchmark has version {task.major}.*.* of this set')
+  about += _other_version(task, str(builder.info.version))
   return sources.Splits(opened['train'], opened['val'], opened['test'], names, tuple(about))
 
 
@@ -178,12 +178,24 @@ def _builder_directory(task: Task, folder: pathlib.Path, file_format: str) -> pa
   if (folder / tfds_builders.INFO_FILE).is_file():
     return tfds_builders.find(task.builder, str(folder))
   versions = tfds_builders.prepared(task.builder, folder)
-  same = [version for version in versions if version.partition('.')[0] == task.major]
-  if task.version in versions and (task.version in same or not same):
-    return versions[task.version]
-  if not same:
-    raise tfds_builders.not_prepared(f'{task.builder}:{task.version}', folder, file_format)
-  return versions[same[-1]]
+  major = task.benchmark_versions[0].partition('.')[0]
+  newest_first = [version for version in reversed(versions) if version.partition('.')[0] == major]
+  for version in (*task.benchmark_versions, *newest_first, task.version):
+    if version in versions:
+      return versions[version]
+  raise tfds_builders.not_prepared(f'{task.builder}:{task.version}', folder, file_format)
+
+
+def _other_version(task: Task, version: str) -> list[str]:
+  """What to say of a version that is not the benchmark's."""
+  published = task.benchmark_versions
+  if version in published:
+    return []
+  gone = '' if task.version in published else ', which TFDS no longer prepares'
+  return [
+    f'published results have {task.builder} {" or ".join(published)}{gone}: the 1,000 training '
+    f'images of {version} may be others'
+  ]
 
 
 def _class_names(task: Task, builder: Any) -> tuple[str, ...]:

@@ -3,12 +3,11 @@
 Source: the data definitions of google-research/task_adaptation (Zhai et al. 2019), which the
 parameter-efficient fine-tuning literature uses with 800 training and 200 validation images of each
 task. Those are taken by position from files in the order TFDS wrote them, so they depend on the
-version of the TFDS set: another version may give other images.
+version of the TFDS set: another version may give other images. The versions of published results
+are those that task_adaptation and VPT (Jia et al. 2022) name; prepared ones of these go first.
 
-Oxford Pets is the one where this matters today: task_adaptation takes version 3 of
-`oxford_iiit_pet`, and TFDS can now prepare only 4.0.0, which has repaired images and new files. Its
-1,000 training images may not be those of published results. A version 3 prepared earlier goes first
-where there is one.
+TFDS can no longer prepare some of them. Oxford Pets is where this matters most: 4.0.0 has repaired
+images and new files, so its 1,000 training images may not be those of published results.
 """
 
 import dataclasses
@@ -95,15 +94,14 @@ class Task:
     title: as in the tables of papers.
     group: 'natural', 'specialized' or 'structured'.
     builder: TFDS set, with config.
-    version: of the TFDS set that TFDS prepares today.
-    major: version that task_adaptation takes, '3' for '3.*.*'.
+    version: of the TFDS set, to prepare: the benchmark's where TFDS still can.
     valid: 200 images to choose settings with, as TFDS writes splits.
     test: images to report on.
     num_test: how many these are.
     classes: their names; or how many, where TFDS has the names.
     fields: how the label and the image are read, without `num_classes`.
     aliases: other names and folders.
-    note: what a user should know.
+    benchmark_versions: of published results, the preferred one first; by default `version`.
   """
 
   name: str
@@ -117,8 +115,7 @@ class Task:
   classes: tuple[str, ...] | int
   fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   aliases: tuple[str, ...] = ()
-  major: str = ''
-  note: str = ''
+  benchmark_versions: tuple[str, ...] = ()
   train: str = f'train[:{NUM_TRAIN}]'
 
   @property
@@ -155,10 +152,6 @@ _DISTANCES = ('under 8', '8 to 8.5', '8.5 to 9', '9 to 9.5', '9.5 to 10', 'over 
 _VEHICLES = ('under 8 m', '8 to 20 m', 'over 20 m', 'no vehicle')
 _AZIMUTHS = tuple(f'azimuth {20 * n} degrees' for n in range(18))
 _ELEVATIONS = tuple(f'elevation {30 + 5 * n} degrees' for n in range(9))
-_PETS = (
-  'published results took the images from version 3 of oxford_iiit_pet, which TFDS no longer '
-  'prepares; the 1,000 training images of 4.0.0 may be others'
-)
 _VALID = 'validation[:200]'
 _CLEVR = 'train[63000:63200]'
 _SPRITES = ('train[589824:590024]', 'train[663552:]', 73_728)
@@ -170,14 +163,14 @@ _ROWS = (
   Task('cifar100', 'CIFAR-100', 'natural', 'cifar100', '3.0.2', 'train[45000:45200]', 'test',
        10_000, 100, aliases=('cifar',)),
   Task('caltech101', 'Caltech101', 'natural', 'caltech101', '3.0.2', 'train[2754:2954]', 'test',
-       6_084, 102, aliases=('caltech',)),
+       6_084, 102, aliases=('caltech',), benchmark_versions=('3.0.1',)),
   Task('dtd', 'DTD', 'natural', 'dtd', '3.0.1', _VALID, 'test', 1_880, 47),
   Task('oxford_flowers102', 'Flowers102', 'natural', 'oxford_flowers102', '2.1.1', _VALID, 'test',
        6_149, 102, aliases=('flowers102', 'flowers')),
   Task('oxford_iiit_pet', 'Pets', 'natural', 'oxford_iiit_pet', '4.0.0', 'train[2944:3144]', 'test',
-       3_669, 37, aliases=('oxford_pet', 'pets'), major='3', note=_PETS),
+       3_669, 37, aliases=('oxford_pet', 'pets'), benchmark_versions=('3.2.0',)),
   Task('svhn', 'SVHN', 'natural', 'svhn_cropped', '3.1.0', 'train[65931:66131]', 'test',
-       26_032, 10, aliases=('svhn_cropped',)),
+       26_032, 10, aliases=('svhn_cropped',), benchmark_versions=('3.0.0',)),
   Task('sun397', 'Sun397', 'natural', 'sun397/tfds', '4.0.0', _VALID, 'test', 21_750, 397),
   Task('patch_camelyon', 'Camelyon', 'specialized', 'patch_camelyon', '2.0.0', _VALID, 'test',
        32_768, 2, aliases=('camelyon', 'pcam')),
@@ -192,8 +185,9 @@ _ROWS = (
   Task('clevr_dist', 'Clevr-Dist', 'structured', 'clevr', '3.1.0', _CLEVR, 'validation', 15_000,
        _DISTANCES, _derived(clevr_distance, pixel_coords=True), aliases=('clevr_distance',)),
   Task('dmlab', 'DMLab', 'structured', 'dmlab', '2.0.1', _VALID, 'test', 22_735, 6),
-  Task('kitti', 'KITTI-Dist', 'structured', 'kitti', '3.3.0', _VALID, 'test', 711, _VEHICLES,
-       _derived(kitti_distance, location=True, type=True), aliases=('kitti_dist',)),
+  Task('kitti', 'KITTI-Dist', 'structured', 'kitti', '3.2.0', _VALID, 'test', 711, _VEHICLES,
+       _derived(kitti_distance, location=True, type=True), aliases=('kitti_dist',),
+       benchmark_versions=('3.2.0', '3.1.0')),
   Task('dsprites_loc', 'dSpr-Loc', 'structured', 'dsprites', '2.0.0', *_SPRITES,
        _bucket_names('x position', 32), _dsprites('label_x_position', 32),
        aliases=('dsprites_location',)),
@@ -206,7 +200,9 @@ _ROWS = (
        {'label_key': 'label_elevation'}, aliases=('smallnorb_elevation', 'snorb_elev')),
 )  # fmt: skip
 TASKS: dict[str, Task] = {
-  task.name: dataclasses.replace(task, major=task.major or task.version.partition('.')[0])
+  task.name: dataclasses.replace(
+    task, benchmark_versions=task.benchmark_versions or (task.version,)
+  )
   for task in _ROWS
 }
 

@@ -114,5 +114,5 @@ def _check_inputs(config: Config, dataset: dataset_utils.Dataset, spec: Backbone
   if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:
     raise errors.UserError(
       f"data_dtype_str '{config.data_dtype_str}' scales images to [-1, 1], but backbone "
-      f"'{config.backbone}' was trained with mean {spec.mean} and std {spec.std}: use 'uint8'."
+      f"'{config.backbone}' takes mean {spec.mean} and std {spec.std}: use 'uint8'."
     )

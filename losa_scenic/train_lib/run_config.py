@@ -103,7 +103,14 @@ def default_config() -> Config:
 
 
 # Fields that may differ when a run is continued: they do not change what is computed.
-MAY_CHANGE = ('max_checkpoint_keep', 'eval_batch_size', 'export_backbone', 'num_workers')
+MAY_CHANGE = (
+  'dataset_configs.cache_gigabytes',
+  'dataset_configs.max_bad_fraction',
+  'eval_batch_size',
+  'export_backbone',
+  'max_checkpoint_keep',
+  'num_workers',
+)
 
 
 def check(config: Config) -> None:

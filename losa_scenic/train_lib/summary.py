@@ -66,6 +66,7 @@ def content(
       'image_size': spec.image_size,
       'interpolation': meta_data.get('interpolation', ''),
       'central_crop': meta_data.get('central_crop'),
+      'train_crops': meta_data.get('train_crops'),
       'mean': list(spec.mean),
       'std': list(spec.std),
     },

@@ -33,7 +33,14 @@ from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
 
 # A run cannot continue on data that has become more or less.
-_DATA_IDENTITY = ('num_classes', 'class_names', 'num_train_examples', 'num_eval_examples')
+_DATA_IDENTITY = (
+  'num_classes',
+  'class_names',
+  'num_train_examples',
+  'num_eval_examples',
+  'num_test_examples',
+  'fingerprints',
+)
 
 
 def train(

@@ -47,6 +47,20 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   temporary.replace(path)
 
 
+def what_matters(config: Mapping[str, Any], may_change: tuple[str, ...]) -> dict[str, Any]:
+  """The fields of a config without those that may change, at any depth ('block.field')."""
+  below = {name.partition('.')[0]: [] for name in may_change if '.' in name}
+  for name in may_change:
+    block, dot, rest = name.partition('.')
+    if dot:
+      below[block].append(rest)
+  return {
+    key: what_matters(value, tuple(below[key])) if key in below else value
+    for key, value in config.items()
+    if key not in may_change
+  }
+
+
 def check_same_run(
   workdir: pathlib.Path, config: Mapping[str, Any], may_change: tuple[str, ...]
 ) -> None:
@@ -84,7 +98,7 @@ def _differences(
 ) -> Iterator[str]:
   for key in sorted(set(former) | set(now)):
     a, b = former.get(key), now.get(key)
-    if key in skip and not prefix:
+    if prefix + key in skip:
       continue
     if isinstance(a, dict) and isinstance(b, dict):
       yield from _differences(a, b, skip, f'{prefix}{key}.')

@@ -5,24 +5,11 @@ import math
 
 import numpy as np
 import pytest
+from reference.random_batches import SIDE, images, rngs
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import augment
 from losa_scenic.dataset_lib.augment import Augment
-
-SIDE = 24
-
-
-def images(count=8, seed=0, side=SIDE):
-  """Random images that cannot be written to."""
-  array = np.random.default_rng(seed).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
-  array.flags.writeable = False
-  return array
-
-
-def rngs(count, seed=0, epoch=0):
-  return [augment.generator(seed, epoch, i) for i in range(count)]
-
 
 # What each field does alone. The fields that only say how another one works are below.
 ALONE = {

@@ -2,7 +2,12 @@
 
 import csv
 
+import pytest
+
+from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib.bad_files import BadFiles, Problem
+
+COUNTS = {'train': 200, 'test': 200}
 
 
 def problem(index: int, split: str = 'train') -> Problem:
@@ -17,7 +22,7 @@ def rows(path) -> list[Problem]:
 
 
 def test_what_is_known_is_not_listed_again(tmp_path, capsys):
-  path, listed = tmp_path / 'bad.csv', BadFiles()
+  path, listed = tmp_path / 'bad.csv', BadFiles(COUNTS, 0.1)
   listed.keep_in(path)
   assert not path.exists()  # Only if something is bad.
   listed.add([])
@@ -30,12 +35,12 @@ def test_what_is_known_is_not_listed_again(tmp_path, capsys):
 
 
 def test_an_interrupted_run_goes_on_with_its_list(tmp_path, capsys):
-  path, former = tmp_path / 'bad.csv', BadFiles()
+  path, former = tmp_path / 'bad.csv', BadFiles(COUNTS, 0.1)
   former.keep_in(path)
   former.add([problem(3), problem(1)])
   capsys.readouterr()
   # Before it learns where to write, the next run met an old problem and a new one.
-  later = BadFiles()
+  later = BadFiles(COUNTS, 0.1)
   later.add([problem(1), problem(7)])
   later.keep_in(path)
   later.add([problem(3)])
@@ -44,8 +49,40 @@ def test_an_interrupted_run_goes_on_with_its_list(tmp_path, capsys):
 
 
 def test_the_first_few_are_said(capsys):
-  listed = BadFiles()
+  listed = BadFiles(COUNTS, 0.1)
   listed.add([Problem('train', i, f'{i}.jpg', 'the file is empty') for i in range(9)])
   printed = capsys.readouterr().err.splitlines()
   assert printed == [f'bad image (train): {i}.jpg: the file is empty' for i in range(5)]
   assert len(listed.problems) == 9
+
+
+def test_too_many_of_a_split_are_an_error_also_over_restarts(tmp_path):
+  path, former = tmp_path / 'bad.csv', BadFiles({'train': 30, 'test': 30}, 0.1)
+  former.keep_in(path)
+  former.add([problem(1), problem(2), problem(1, 'test')])
+  former.add([problem(3)])
+  later = BadFiles({'train': 30, 'test': 30}, 0.1)
+  later.keep_in(path)
+  with pytest.raises(errors.UserError, match=r'unreadable image 4 of the 30 .* at most 3 .*= 0\.1'):
+    later.add([problem(9)])
+  assert rows(path)[-1] == problem(9)
+  later.add([problem(2, 'test'), problem(3, 'test')])
+
+
+def test_names_that_are_not_utf_8(tmp_path, capsys):
+  odd = Problem('train', 0, 'caf\udce9.jpg', 'truncated')
+  path, listed = tmp_path / 'bad.csv', BadFiles(COUNTS, 0.1)
+  listed.keep_in(path)
+  listed.add([odd])
+  assert b'caf\xe9.jpg' in path.read_bytes()
+  again = BadFiles(COUNTS, 0.1)
+  again.keep_in(path)
+  assert list(again.problems.values()) == [odd]
+  assert 'caf\\udce9.jpg' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('text', ['split,index,id,reason\ntr\n', 'hello\n1\n', 'a,b\n"x'])
+def test_a_list_that_is_none_is_an_error(tmp_path, text):
+  (tmp_path / 'bad.csv').write_text(text)
+  with pytest.raises(errors.UserError, match=r'bad\.csv: not a list'):
+    BadFiles(COUNTS, 0.1).keep_in(tmp_path / 'bad.csv')

@@ -1,8 +1,18 @@
 """What `check` counts, on sources made here."""
 
+import dataclasses
+
 import numpy as np
 
-from losa_scenic.dataset_lib import check, repeats, resize, sources
+from losa_scenic.dataset_lib import (
+  check,
+  check_report,
+  check_text,
+  datasets,
+  repeats,
+  resize,
+  sources,
+)
 from losa_scenic.dataset_lib.check_report import SHORT_SIDES
 
 
@@ -17,6 +27,7 @@ def test_pixels_classes_and_sizes():
   found = check.check(sources.Splits(train, None, test, ('a', 'b', 'c')), 'arrays', resize.View(16))
   assert found.empty_classes == ('b',)
   assert found.troubles == ('1 class without a training image',)
+  assert not found.notes
   assert found.parts['test'].duplicates == 1
   assert found.repeats[0].again.id == 'made[1]'
   assert found.kinds == {'pixels RGB': 5}
@@ -25,6 +36,23 @@ def test_pixels_classes_and_sizes():
   buckets = dict(zip(('below', *SHORT_SIDES), found.short_sides, strict=True))
   assert {k: v for k, v in buckets.items() if v} == {'below': 3, 64: 2}
   assert sum(found.aspects) == 5
+
+
+def test_what_is_expected_of_a_set_is_a_note():
+  images = np.random.default_rng(0).integers(0, 256, (4, 6, 9, 3), np.uint8)
+  train, test = array_source([0, 0, 2, 0], images), array_source([1, 1], images[:2])
+  splits, view = sources.Splits(train, None, test, ('a', 'b', 'c')), resize.View(16)
+  found = check.check(splits, 'vtab', view, expected=check_report.EXPECTED['vtab'])
+  leaks = ('2 images of test also in train', '2 images repeated with another label')
+  assert found.troubles == leaks  # In this set that is still trouble.
+  (note,) = found.notes
+  assert note.startswith('1 class without a training image (')
+  text = check_text.text(found).splitlines()
+  assert text[-2:] == [f'note: {note}', f'trouble: {"; ".join(leaks)}']
+  assert found.to_json()['notes'] == found.notes
+  fields = {field.name for field in dataclasses.fields(found)} | {'empty_classes'}
+  assert all(fields >= set(kinds) for kinds in check_report.EXPECTED.values())
+  assert set(check_report.EXPECTED) <= set(datasets.DATASETS)
 
 
 class Unreadable:

@@ -156,3 +156,61 @@ def test_json_is_read_in_pieces_as_whole(tmp_path, monkeypatch):
     file.write_text(text)
     with pytest.raises(errors.UserError, match=r'x\.json: not valid JSON at character'):
       list(json_stream.elements(file))
+
+
+@pytest.mark.parametrize(
+  ('train', 'val', 'message'),
+  [
+    (
+      {},
+      {'categories': ((3, 'bee'), (4, 'ant'))},
+      r"val\.json: category 3 is 'bee', but 'ant'",
+    ),
+    ({'categories': ((3, 'ant'), (3, 'ant'))}, {}, r'train\.json: two categories have the id 3'),
+    ({'categories': ((3, 'ant'), (2**70, 'b'))}, {}, rf'train\.json: .*{2**70}.*below 2\*\*63'),
+    (
+      {'images': {0: 'a.jpg', 1: 'b.jpg', 2: './a.jpg'}, 'annotations': [(0, 3), (1, 3), (2, 4)]},
+      {},
+      r'train\.json: a\.jpg is listed twice',
+    ),
+    (
+      {},
+      {'images': {0: 'v.jpg', 1: 'w.jpg', 2: 'v.jpg'}, 'annotations': [(0, 3), (1, 3), (2, 3)]},
+      r'val\.json: v\.jpg is listed twice',
+    ),
+    ({}, {'images': {0: 'b.jpg'}}, r'val\.json: b\.jpg is listed in train\.json as well'),
+    (
+      {'images': {0: '../x/a.jpg'}, 'annotations': [(0, 3)]},
+      {},
+      r"'\.\./x/a\.jpg': a path outside",
+    ),
+  ],
+)
+def test_files_that_contradict_themselves_or_each_other(tmp_path, train, val, message):
+  common = {'categories': ((3, 'ant'), (4, 'bee'))}
+  root = tmp_path / 'root'
+  root.mkdir()
+  (tmp_path / 'x').mkdir()
+  images = {0: 'a.jpg', 1: 'b.jpg'}
+  train = {'images': images, 'annotations': [(0, 3), (1, 4)]} | common | train
+  write(root, 'train.json', **train)
+  write(root, 'val.json', **({'images': {0: 'v.jpg'}, 'annotations': [(0, 3)]} | common | val))
+  with pytest.raises(errors.UserError, match=message):
+    coco.splits(root=str(root))
+
+
+def test_a_name_that_one_file_lacks_is_no_contradiction(tmp_path):
+  write(tmp_path, 'train.json', {0: 'a.jpg'}, [(0, 3)], ((3, None), (4, 'bee')))
+  write(tmp_path, 'val.json', {0: './b//c.jpg'}, [(0, 3)], ((3, 'ant'), (9, 'new')))
+  splits = coco.splits(root=str(tmp_path))
+  assert splits.class_names == ('3', 'bee') and splits.test[0].id == str(tmp_path / 'b/c.jpg')
+  listed = [{'id': 3, 'name': 'x'}, {'id': 4, 'name': 'y'}, {'id': 3, 'name': 'z'}]
+  (tmp_path / 'categories.json').write_text(json.dumps(listed))
+  with pytest.raises(errors.UserError, match=r'categories\.json: two categories have the id 3'):
+    coco.splits(root=str(tmp_path))
+
+
+def test_a_number_of_thousands_of_digits_is_no_json(tmp_path):
+  (tmp_path / 'x.json').write_text('[' + '1' * 5000 + ']')
+  with pytest.raises(errors.UserError, match=r'x\.json: not valid JSON at character 1'):
+    list(json_stream.elements(tmp_path / 'x.json'))

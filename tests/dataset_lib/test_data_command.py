@@ -2,14 +2,18 @@
 
 import csv
 import json
+import os
 import pathlib
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from losa_scenic import data
-from losa_scenic.dataset_lib import contact_sheet, dataset_utils, datasets
+from losa_scenic.dataset_lib import contact_sheet, dataset_utils, datasets, sprites
 
 SIZE = (40, 30)  # width, height
 CLASSES = ('cat', 'dog')
@@ -193,6 +197,20 @@ def test_a_config_file_says_what_is_shown(root, capsys, tmp_path):
     ('check digits --set foo=1', "Unknown option of dataset 'digits' 'foo'"),
     ('check digits --set central_crop=x', 'central_crop must be of type float'),
     ('check vtab', '--set task='),
+    ('check digits --set metric', "--set takes KEY=VALUE, not 'metric'"),
+    ('check digits --set metric=accuracy --set metric=per_class', '--set metric is given twice'),
+    ('check digits --set max_bad_fraction=7', 'max_bad_fraction must be in [0, 1)'),
+    ('check digits --set normalisation=imagnet', "Did you mean 'imagenet'?"),
+    ('check digits --set metric=foo', "Unknown metric 'foo'"),
+    ('check digits --set cache_gigabytes=-1', 'cache_gigabytes must be at least 0'),
+    ('check digits --set image_size=0', 'image_size must be an integer of at least 1'),
+    ('show digits --output=ROOT/a.png --set max_bad_fraction=7', 'max_bad_fraction must be in'),
+    ('check CONFIG --config.dataset_configs.metric=foo', "Unknown metric 'foo'"),
+    (f'check {"x" * 300}', 'is neither a file or folder'),
+    (f'check ROOT/{"x" * 300}/a', 'is neither a file or folder'),
+    (f'check {"x" * 300}.py', 'is neither a file or folder'),
+    (f'check digits --csv={"x" * 300}/a.csv', 'there is no such folder'),
+    ('check ~nobody-of-that-name/photos', 'is neither a file or folder'),
     ('check digits --jobs=0', '--jobs must be at least 1'),
     ('check digits --csv=ROOT/nowhere/a.csv', 'there is no such folder'),
     ('check digits --config.batch_size=3', 'goes with a config file alone'),
@@ -214,6 +232,40 @@ def test_wrong_usage_ends_with_2(root, capsys, arguments, said):
   assert (code, out) == (2, '')
   assert err.startswith('error: ')
   assert said in err
+
+
+def test_names_that_are_no_text_are_shown_and_listed(root, tmp_path):
+  # Names of files are bytes: this one is Latin-1.
+  broken, again = (os.fsencode(root / 'train' / 'cat') + name for name in (b'/caf\xe9', b'/r\xe9'))
+  pathlib.Path(os.fsdecode(broken + b'.jpg')).write_text('no image')
+  copy(root / 'train' / 'cat' / '0.png', pathlib.Path(os.fsdecode(again + b'.png')))
+  done = subprocess.run(
+    [sys.executable, '-m', 'losa_scenic.data', 'check', root, f'--csv={tmp_path / "bad.csv"}'],
+    env={**os.environ, 'PYTHONIOENCODING': 'utf-8', 'PYTHONUTF8': '0'},
+    capture_output=True,
+  )
+  assert done.returncode == 1, done.stderr
+  assert rb'train/cat/caf\udce9.jpg' in done.stdout
+  assert done.stdout.endswith(b'trouble: 1 image cannot be read\n')
+  listed = (tmp_path / 'bad.csv').read_bytes()
+  assert broken in listed and again in listed
+
+
+def test_sprites_that_look_the_same_are_expected(capsys):
+  counts = ('--set', 'num_train=2000', '--set', 'num_val=0', '--set', 'num_test=2000')
+  arguments = ('sprites', '--set', 'label=orientation', *counts, '--image-size=16')
+  code, out, _ = run(capsys, 'check', *arguments)
+  *_, leaks, labels, verdict = out.splitlines()
+  assert code == 0
+  assert re.fullmatch(r'note: \d+ images? of test also in train \(symmetric shapes .*\)', leaks)
+  assert re.fullmatch(r'note: \d+ images? repeated with another label \(symm.*\)', labels)
+  assert verdict == 'fine: 4,000 images, nothing to mend'
+  # The reason is true: they are squares and ellipses that differ by a turn alone.
+  for repeat in report(capsys, *arguments)['repeats']:
+    numbers = [int(repeat[which]['id'][8:-1]) for which in ('again', 'first')]
+    again, first = sprites.factors(np.array(numbers))
+    assert sprites.SHAPES[again[0]] in ('square', 'ellipse')
+    assert (again != first).nonzero()[0].tolist() == [sprites.LABELS['orientation']]
 
 
 def test_unknown_flags_end_with_2(capsys):

@@ -13,6 +13,7 @@ import pytest
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import dataset_utils, sources
 from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.fingerprint import fingerprint
 from losa_scenic.dataset_lib.resize import View
 
 KEYS = {'inputs', 'label', 'batch_mask', 'index'}
@@ -173,6 +174,11 @@ def test_meta_data():
     'interpolation': 'bicubic',
     'central_crop': None,
     'about': ('made here',),
+    'train_crops': None,
+    'fingerprints': {
+      part: fingerprint(numbered(count))
+      for part, count in (('train', 50), ('valid', 7), ('test', 11))
+    },
   }
   meta = build(valid=None, dtype_str='float32').meta_data
   assert meta['input_dtype'] is jnp.float32 and meta['num_eval_examples'] == 0

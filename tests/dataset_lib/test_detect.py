@@ -1,5 +1,6 @@
 """A folder is recognised by the names in it."""
 
+import os
 import pathlib
 import re
 
@@ -81,3 +82,53 @@ def test_roots_that_are_not(tmp_path):
     detect.detect(str(tmp_path / 'nowhere'))
   with pytest.raises(errors.UserError, match=r'dataset_configs\.root=PATH'):
     detect.detect(None)
+
+
+class _Scan(list):
+  """What `os.scandir` gives."""
+
+  def __enter__(self):
+    return self
+
+  def __exit__(self, *_):
+    pass
+
+
+@pytest.mark.parametrize('last_first', [False, True])
+@pytest.mark.parametrize(
+  ('expected', 'extra'),
+  [
+    ('hugging_face', 'train.parquet'),
+    ('hugging_face', 'class000/a.parquet'),
+    ('tfds', 'class000/1.0.0/dataset_info.json'),
+    ('image_folder', 'class199/z.parquet'),
+  ],
+)
+def test_the_order_of_the_file_system_does_not_matter(
+  tmp_path, monkeypatch, last_first, expected, extra
+):
+  make(tmp_path, [f'class{i:03}/0.jpg' for i in range(200)])
+  make(tmp_path, [f'class{i:03}/b{k}.jpg' for i in (0, 199) for k in range(100)])
+  make(tmp_path, [extra, extra.replace('dataset_info', 'features')])
+  scandir = os.scandir
+  seen = []
+
+  def ordered(path):
+    seen.append(str(path))
+    with scandir(path) as scan:
+      return _Scan(sorted(scan, key=lambda entry: entry.name, reverse=last_first))
+
+  monkeypatch.setattr(os, 'scandir', ordered)
+  assert detect.detect(str(tmp_path)) == expected
+  assert len(seen) == len(set(seen)) <= 65 + 64
+
+
+def test_a_root_of_a_very_long_name_is_not_there():
+  with pytest.raises(errors.UserError, match='there is no such file or folder'):
+    detect.detect('x' * 5000)
+
+
+def test_a_link_to_itself_is_no_folder(tmp_path):
+  make(tmp_path, ['cat/0.jpg', 'dog/0.jpg'])
+  (tmp_path / 'a').symlink_to('a')
+  assert detect.detect(str(tmp_path)) == 'image_folder'

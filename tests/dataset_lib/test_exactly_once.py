@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -37,9 +38,11 @@ def folder(tmp_path_factory) -> pathlib.Path:
   rng = np.random.default_rng(0)
   for part, count in (('train', COUNT), ('test', 10)):
     for i in range(count):
-      file = root / part / 'abc'[i % 3] / f'{i}.png'
+      # Every other image is large enough to be decoded at a fraction of its size.
+      side = 12 if i % 2 else 60
+      file = root / part / 'abc'[i % 3] / f'{i}.jpg'
       file.parent.mkdir(parents=True, exist_ok=True)
-      Image.fromarray(rng.integers(0, 256, (12, 14, 3), np.uint8)).save(file)
+      Image.fromarray(rng.integers(0, 256, (side, side + 2, 3), np.uint8)).save(file)
   return root
 
 
@@ -90,7 +93,15 @@ def test_two_hosts(folder, alone):
 def test_killed_within_an_epoch_and_started_again(folder, alone):
   process = start(folder, workers=1)
   seen = [json.loads(process.stdout.readline()) for _ in range(11)]
+  loaders = [
+    child
+    for child in psutil.Process(process.pid).children()
+    if 'spawn_main' in str(child.cmdline())
+  ]
+  assert len(loaders) == 1
   process.kill()
   process.wait()
+  _, alive = psutil.wait_procs(loaders, timeout=10)
+  assert not alive  # Nobody is left behind to wait for a run that is gone.
   assert seen == alone[:11]
   assert seen + finish(start(folder, first=11)) == alone

@@ -1,5 +1,6 @@
 """A user's folder: layouts, splits, and errors that name the file or folder."""
 
+import os
 import pathlib
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from PIL import Image
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import dataset_utils, datasets, decode, image_folder
+from losa_scenic.dataset_lib import dataset_utils, datasets, decode, image_folder, sources
 
 # Of the folder `flat`: the test images, by class.
 PINNED = ['10.png', '17.png', '3.png', '5.png', '1.png', '2.png']
@@ -221,3 +222,31 @@ def test_files_that_are_no_images_are_replaced_and_listed(root):
   # Two of fourteen are too many unless the user allows them.
   with pytest.raises(errors.UserError, match=r'train/(cat/zz\.jpg|dog/page\.png): .*at most 0'):
     list(dataset_utils.iterate(build(0.01).train_ds, 0, 1))
+
+
+def test_what_is_no_file_is_refused_and_links_are_followed(root):
+  folder = root / 'val' / 'dog'
+  (folder / 'link.png').symlink_to(root / 'val' / 'cat' / 'val0.png')
+  (folder / 'nowhere.png').symlink_to('gone.png')
+  (folder / 'round.png').symlink_to('round.png')
+  valid = load(root).valid
+  assert [pathlib.Path(file).name for file in valid.files[2:]] == [
+    'link.png',
+    'nowhere.png',
+    'round.png',
+    'val0.png',
+    'val1.png',
+  ]
+  assert valid[2].image == (root / 'val' / 'cat' / 'val0.png').read_bytes()
+  for dangling in (3, 4):
+    with pytest.raises(sources.BadImage, match='cannot be read'):
+      valid[dangling]
+  os.mkfifo(folder / 'pipe.png')
+  check(root, r'val/dog/pipe\.png: neither a file nor a link to one')
+  (folder / 'pipe.png').rename(root / 'pipe')
+  (folder / 'to_pipe.png').symlink_to(root / 'pipe')
+  check(root, r'val/dog/to_pipe\.png: neither a file nor a link to one')
+
+
+def test_a_root_of_a_very_long_name_is_not_there():
+  check('x' * 5000, 'there is no such file or folder')

@@ -168,3 +168,73 @@ def test_other_mistakes(tmp_path):
       load(tmp_path)
   with pytest.raises(errors.UserError, match='root is a list itself'):
     load(tmp_path / 'train.csv', test_list='test.csv')
+
+
+def test_a_list_of_two_parts_is_refused(vtab):
+  (vtab / 'link.txt').symlink_to('test.txt')
+  for same in ('test.txt', './test.txt', 'link.txt'):
+    with pytest.raises(errors.UserError, match=r'given for two parts, val and test'):
+      load(vtab, val_list=same)
+  (vtab / 'copy.txt').write_text((vtab / 'test.txt').read_text())
+  assert len(load(vtab, val_list='copy.txt').valid) == 2
+
+
+def test_two_spellings_of_a_path_are_one_image(tmp_path):
+  images(tmp_path, 'x/0.png', 'x/1.png')
+  (tmp_path / 'test.txt').write_text('x/0.png 0\n')
+  (tmp_path / 'train.txt').write_text('./x/0.png 0\nx/./1.png 1\nx//1.png 1\n')
+  train = load(tmp_path).train
+  assert train.files == ['x/0.png', 'x/1.png', 'x/1.png']
+  (tmp_path / 'train.txt').write_text('./x/0.png 0\nx/0.png 1\n')
+  with pytest.raises(errors.UserError, match=r"train\.txt:2: x/0\.png has label '1', but '0'"):
+    load(tmp_path)
+
+
+def test_numbers_that_are_not_whole_are_no_names(tmp_path):
+  names = [f'{i}.jpg' for i in range(12)]
+  images(tmp_path, *names)
+
+  def write(labels):
+    rows = [f'{name},{label},train' for name, label in zip(names, labels, strict=False)]
+    text = '\n'.join(['path,label,split', *rows, f'11.jpg,{labels[0]},test'])
+    (tmp_path / 'all.csv').write_text(text)
+
+  for wrong, line in (
+    ([f'{i}.0' for i in range(11)], 2),
+    (['0', '1', '2.0'], 4),
+    (['1e1', '.5'], 2),
+    (['1' * 5000], 2),
+  ):
+    write(wrong)
+    with pytest.raises(errors.UserError, match=rf'all\.csv:{line}: .* must be whole'):
+      load(tmp_path)
+  # Where somebody says so, they are names.
+  write(['0.5', '0.25'])
+  (tmp_path / 'classes.txt').write_text('0.25\n0.5\n')
+  splits = load(tmp_path)
+  assert splits.class_names == ('0.25', '0.5') and splits.train.labels.tolist() == [1, 0]
+
+
+def test_names_that_are_other_numbers_than_their_labels(tmp_path):
+  images(tmp_path, *(f'{i}.jpg' for i in range(4)))
+
+  def write(labels):
+    rows = [f'{i}.jpg,{label},{part}' for i, (label, part) in enumerate(labels)]
+    (tmp_path / 'all.csv').write_text('\n'.join(['path,label,split', *rows]))
+
+  (tmp_path / 'classes.txt').write_text('1\n2\n3\n')
+  write([(1, 'train'), (2, 'train'), (2, 'test')])
+  with pytest.raises(errors.UserError, match=r"classes\.txt:1: the name '1' .* names label 0"):
+    load(tmp_path)
+  for names in ('0\n1\n2\n', 'none\n1\n2', 'a\nb\nc 7'):
+    (tmp_path / 'classes.txt').write_text(names)
+    assert load(tmp_path).train.labels.tolist() == [1, 2]
+  # Beside names, a number is a name.
+  (tmp_path / 'classes.txt').write_text('cat\n2048\n')
+  write([('cat', 'train'), ('cat', 'test')])
+  assert load(tmp_path).class_names == ('cat', '2048')
+
+
+def test_a_list_of_a_very_long_name_is_not_there(vtab):
+  with pytest.raises(errors.UserError, match='val_list'):
+    load(vtab, val_list='x' * 5000)

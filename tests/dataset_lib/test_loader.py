@@ -10,7 +10,7 @@ from reference import broken_images
 from sklearn import datasets as sklearn_datasets
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import augment, decode, loader, resize, sources
+from losa_scenic.dataset_lib import augment, bad_files, decode, loader, resize, sources
 
 COUNT = 20
 
@@ -87,8 +87,9 @@ def test_short_batches_are_filled_up_and_masked():
 
 
 @pytest.mark.parametrize('drawn', [augment.Augment(), augment.Augment(min_crop_area=0.5)])
-def test_the_cache_reads_every_image_once_and_changes_nothing(drawn):
-  files = [encoded(image) for image in noise()]
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG'])
+def test_the_cache_reads_every_image_once_and_changes_nothing(drawn, kind):
+  files = [encoded(image, kind) for image in noise()]
   kept, read = make(files, augment=drawn, cache_bytes=10**6), make(files, augment=drawn)
   for epoch in range(3):
     ours, theirs = (batch(made, np.arange(COUNT), epoch) for made in (kept, read))
@@ -96,6 +97,31 @@ def test_the_cache_reads_every_image_once_and_changes_nothing(drawn):
     np.testing.assert_array_equal(ours['label'], theirs['label'])
     ours['inputs'][:] = 0  # What was handed out is not what is kept.
   assert kept.source.asked == [1] * COUNT and read.source.asked == [3] * COUNT
+
+
+@pytest.mark.parametrize('cache_bytes', [3 * 70 * 80 * 3, 10**7])
+def test_what_is_shown_does_not_depend_on_what_is_kept(cache_bytes):
+  """Large JPEGs are decoded at a fraction of their size, small ones are kept."""
+  drawn = augment.Augment(min_crop_area=0.2)
+  files = [encoded(image, 'JPEG') for image in noise(6, 70, 80) + noise(6, 14, 15)]
+  plain, cached = make(files, augment=drawn), make(files, augment=drawn, cache_bytes=cache_bytes)
+  late = make(files, augment=drawn, cache_bytes=cache_bytes)
+  for epoch in range(3):
+    shown = batch(plain, np.arange(12), epoch)['inputs']
+    np.testing.assert_array_equal(shown, batch(cached, np.arange(12), epoch)['inputs'])
+    if epoch:  # As a run that goes on after a stop.
+      backwards = batch(late, np.arange(12)[::-1], epoch)['inputs']
+      np.testing.assert_array_equal(shown, backwards[::-1])
+  assert cached.source.asked == [3] * 6 + [1] * 6
+
+
+def test_one_large_image_does_not_close_the_cache():
+  drawn = augment.Augment(min_crop_area=0.5)
+  files = [encoded(image) for image in noise(1, 100, 100) + noise(9)]
+  made = make(files, augment=drawn, cache_bytes=9 * 12 * 10 * 3)
+  for epoch in range(3):
+    batch(made, np.arange(10), epoch)
+  assert made.source.asked == [3] + [1] * 9
 
 
 def test_the_cache_keeps_to_its_size():
@@ -175,7 +201,8 @@ def test_broken_files_are_replaced_by_the_next_and_good_ones_stay():
       assert ours['label'][slot] == expected['label'][0]
     np.testing.assert_array_equal(ours['index'], theirs['index'])
     assert ours['batch_mask'].all()
-  assert sorted(problem.index for problem in found) == sorted(places)
+  # The neighbour of a broken file was met in looking for its replacement as well.
+  assert sorted({problem.index for problem in found}) == sorted(places)
   assert {p.id for p in found} == {f'file{i}' for i in places}
   reasons = {p.index: p.reason for p in found}
   assert reasons[places[0]] == 'gone' and reasons[places[1]] == 'the file is empty'
@@ -199,13 +226,17 @@ def test_a_broken_file_is_masked_where_images_are_counted():
 
 
 def test_too_many_broken_files_end_the_run():
-  _, broken, _ = with_broken(every=20)
+  _, broken, places = with_broken(every=20)
   made = make(broken, max_bad_fraction=0.04)
-  with pytest.raises(errors.UserError, match=r'unreadable image 7 of the 160 .* at most 6 .*0\.04'):
-    batch(made, np.arange(160))
+  problems = batch(made, np.arange(160))['problems']
+  assert [problem.index for problem in problems] == places
+  listed = bad_files.BadFiles({'train': 160}, 0.04)
+  with pytest.raises(errors.UserError, match=r'unreadable image 8 of the 160 .* at most 6 .*0\.04'):
+    listed.add(problems)
+  assert len(listed.problems) == 8  # What ended the run is listed too.
   for fraction in (0.0, 0.99):
-    with pytest.raises(errors.UserError, match='file0: gone'):
-      batch(make([None], max_bad_fraction=fraction), [0])
+    given = batch(make([None] * 9, max_bad_fraction=fraction), [0])
+    assert given['problems'] and not given['batch_mask'].any()
 
 
 def test_loaders_pickle():

@@ -1,5 +1,7 @@
 """Sources answer any position, in any order and thread, pickle, and name the item that is wrong."""
 
+import errno
+import os
 import pickle
 from concurrent import futures
 
@@ -85,7 +87,17 @@ def test_arrays_that_do_not_fit():
   for labels in ([0, 0], [[0], [0], [0]], [0.0, 1.0, 2.0], [True, False, True]):
     with pytest.raises(ValueError, match='as many'):
       sources.ArraySource(images, np.array(labels), 'set', num_classes=3)
-  for wrong in (images.astype(np.float32), images[..., :1], [images[0], images[0, ..., 0]]):
+  for wrong in (
+    images.astype(np.float32),
+    images[..., :1],
+    [images[0], images[0, ..., 0]],
+    images[0],
+    images[:, :0],
+    images[:, :, :0],
+    images[None],
+    [images],
+    [images[0, :0]],
+  ):
     with pytest.raises(ValueError, match='uint8'):
       sources.ArraySource(wrong, np.zeros(len(wrong), int), 'set', num_classes=3)
   assert len(sources.ArraySource([], [], 'set', num_classes=3)) == 0
@@ -153,3 +165,39 @@ def test_sources_pickle_and_answer_several_threads(files):
     with futures.ThreadPoolExecutor(4) as pool:
       answers = list(pool.map(lambda i, source=source: source[i % len(source)].id, range(200)))
     assert answers == [source[i % len(source)].id for i in range(200)]
+
+
+@pytest.mark.parametrize(
+  ('code', 'is_passing'),
+  [
+    (errno.ESTALE, True),
+    (errno.EIO, True),
+    (errno.ENOENT, False),
+    (errno.EACCES, False),
+    (errno.ELOOP, False),
+    (errno.ENAMETOOLONG, False),
+  ],
+)
+def test_an_error_that_may_pass_is_met_by_reading_again_once(files, monkeypatch, code, is_passing):
+  calls = []
+
+  def failing(path, mode):
+    calls.append(path)
+    if len(calls) <= failures:
+      raise OSError(code, os.strerror(code))
+    return open(path, mode)
+
+  monkeypatch.setattr(sources, 'open', failing, raising=False)
+  failures = 1
+  if is_passing:
+    assert files[2].image == b'image 2'
+  else:
+    with pytest.raises(sources.BadImage):
+      files[2]
+  assert len(calls) == 1 + is_passing
+  calls.clear()
+  failures = 9
+  with pytest.raises(sources.BadImage) as caught:
+    files[2]
+  assert caught.value.reason == f'cannot be read ({os.strerror(code)})'
+  assert len(calls) == 1 + is_passing

@@ -138,10 +138,14 @@ def test_the_version_nearest_to_the_benchmark_is_read(tfds, made_up, tmp_path):
   pets = vtab_tasks.TASKS['oxford_iiit_pet']
   describe(tfds, tmp_path, pets, '4.0.0')
   found = vtab.splits(task='pets', root=str(tmp_path), data_path='tfds')
-  assert 'oxford_iiit_pet/4.0.0' in found.about[0] and found.about[-1] == pets.note
+  assert 'oxford_iiit_pet/4.0.0' in found.about[0]
+  assert found.about[-1] == (
+    'published results have oxford_iiit_pet 3.2.0, which TFDS no longer prepares: the 1,000 '
+    'training images of 4.0.0 may be others'
+  )
   describe(tfds, tmp_path, pets, '3.2.0')
   found = vtab.splits(task='pets', root=str(tmp_path), data_path='tfds')
-  assert 'oxford_iiit_pet/3.2.0' in found.about[0] and pets.note not in found.about
+  assert 'oxford_iiit_pet/3.2.0' in found.about[0] and 'published' not in found.about[-1]
   svhn = vtab_tasks.TASKS['svhn']
   for version in ('4.0.0', '3.0.0'):
     folder = describe(tfds, tmp_path, svhn, version)
@@ -150,6 +154,51 @@ def test_the_version_nearest_to_the_benchmark_is_read(tfds, made_up, tmp_path):
   assert len(vtab.splits(task='svhn', root=str(folder), data_path='tfds').train) == 800
   with pytest.raises(errors.UserError, match="is a prepared set, but not 'cifar100'"):
     vtab.splits(task='cifar100', root=str(folder), data_path='tfds')
+
+
+@pytest.mark.parametrize(
+  ('name', 'prepared', 'read', 'said'),
+  [
+    ('kitti', ('3.1.0', '3.2.0', '3.3.0'), '3.2.0', None),
+    ('kitti', ('3.1.0', '3.3.0'), '3.1.0', None),
+    ('kitti', ('3.3.0',), '3.3.0', 'have kitti 3.2.0 or 3.1.0: the 1,000'),
+    ('svhn', ('3.1.0',), '3.1.0', 'have svhn_cropped 3.0.0, which TFDS no longer prepares: '),
+    ('svhn', ('3.0.0', '3.1.0'), '3.0.0', None),
+    ('caltech101', ('3.0.2',), '3.0.2', 'have caltech101 3.0.1, which TFDS no longer prepares: '),
+    ('dtd', ('3.0.1', '3.1.0'), '3.0.1', None),
+    ('dtd', ('3.0.0', '3.1.0'), '3.1.0', 'have dtd 3.0.1: the 1,000'),
+  ],
+)
+def test_versions_of_published_results_go_first(
+  tfds, made_up, tmp_path, name, prepared, read, said
+):
+  for version in prepared:
+    folder = describe(tfds, tmp_path, vtab_tasks.TASKS[name], version)
+  for root in (tmp_path, *([folder] if prepared == (read,) else [])):
+    found = vtab.splits(task=name, root=str(root), data_path='tfds')
+    assert f'/{read} in ' in found.about[0]
+    notes = [line for line in found.about if 'published results' in line]
+    assert len(notes) == (said is not None)
+    assert said is None or (said in notes[0] and notes[0].endswith(f'of {read} may be others'))
+
+
+@pytest.mark.parametrize('name', TASKS)
+def test_the_version_to_prepare_is_one_that_tfds_has(tfds, tmp_path, name):
+  task = vtab_tasks.TASKS[name]
+  builder = tfds.builder(f'{task.builder}:{task.version}', data_dir=tmp_path)
+  assert str(builder.version) == task.version
+  if task.version not in task.benchmark_versions:
+    for version in task.benchmark_versions:
+      with pytest.raises(AssertionError, match='cannot be loaded at version'):
+        tfds.builder(f'{task.builder}:{version}', data_dir=tmp_path)
+
+
+def test_what_is_to_be_prepared_anew_is_a_version_that_tfds_has(tfds, tmp_path):
+  describe(tfds, tmp_path, vtab_tasks.TASKS['oxford_iiit_pet'], '3.2.0', 'tfrecord')
+  with pytest.raises(errors.UserError, match=r"tfds\.builder\('oxford_iiit_pet:4\.0\.0'"):
+    vtab.splits(task='pets', root=str(tmp_path), data_path='tfds')
+  with pytest.raises(errors.UserError, match=r"tfds\.builder\('kitti:3\.2\.0'"):
+    vtab.splits(task='kitti', root=str(tmp_path), data_path='tfds')
 
 
 def test_a_set_of_another_size_is_an_error(tfds, made_up, tmp_path):

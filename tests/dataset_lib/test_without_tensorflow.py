@@ -7,8 +7,8 @@ import sys
 import pytest
 
 HERE = pathlib.Path(__file__).parent
-# TensorFlow is not there, whether it is installed or not; the tests of the sets that might have used
-# it are run, and everything else is imported.
+# TensorFlow is not there, whether it is installed or not. The tests of the sets that might have
+# used it are run, and everything else is imported.
 PROGRAM = """
 import functools, importlib, importlib.machinery, pkgutil, sys
 

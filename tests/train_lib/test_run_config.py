@@ -12,7 +12,7 @@ from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import datasets
 from losa_scenic.dataset_lib.augment import Augment
-from losa_scenic.train_lib import lr_schedules, optimizers, run_config
+from losa_scenic.train_lib import lr_schedules, optimizers, run_config, workdir
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / 'configs').rglob('*.py')) + sorted(ROOT.glob('projects/*/configs/**/*.py'))
@@ -28,7 +28,9 @@ def runnable(**changes) -> ml_collections.ConfigDict:
 
 
 @pytest.mark.parametrize(
-  'file', [f for f in CONFIGS if f.stem != '__init__'], ids=lambda f: str(f.relative_to(ROOT))
+  'file',
+  [f for f in CONFIGS if 'def get_config' in f.read_text()],
+  ids=lambda f: str(f.relative_to(ROOT)),
 )
 def test_config_files(file):
   config, workdir = app.parse(['main', f'--config={file}'])
@@ -39,7 +41,7 @@ def test_config_files(file):
   assert resolved.is_locked
   assert resolved.lr_configs.base_learning_rate > 0
   assert config.optimizer in optimizers.OPTIMIZERS
-  assert config.dataset_name in datasets.DATASETS
+  assert config.dataset_name in {*datasets.DATASETS, datasets.AUTO}
   assert (app.parse(['main', f'--config={file}'])[1]) == workdir
 
 
@@ -135,4 +137,13 @@ def test_no_length_is_refused():
 
 
 def test_fields_that_may_change_exist():
-  assert set(run_config.MAY_CHANGE) <= set(run_config.default_config())
+  schema = run_config.default_config()
+  for name in run_config.MAY_CHANGE:
+    block, _, field = name.rpartition('.')
+    assert field in (schema[block] if block else schema)
+
+
+def test_what_may_change_is_left_out_at_any_depth():
+  fields = {'a': 1, 'b': {'c': 2, 'd': {'e': 3, 'f': 4}}, 'g': 5}
+  assert workdir.what_matters(fields, ('g', 'b.c', 'b.d.e')) == {'a': 1, 'b': {'d': {'f': 4}}}
+  assert workdir.what_matters(fields, ()) == fields

@@ -1,0 +1,69 @@
+"""How images become batches: every setting of it but the images."""
+
+import dataclasses
+import math
+
+from losa_scenic.common_lib import errors
+from losa_scenic.dataset_lib import resize
+from losa_scenic.dataset_lib.augment import Augment
+
+DTYPES = ('uint8', 'float32')
+METRICS = ('accuracy', 'per_class')
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """How images become batches; all but the images.
+
+  Attributes:
+    batch_size: training images per batch, of all hosts together.
+    eval_batch_size: validation and test images per batch, of all hosts together.
+    shuffle_seed: seed of the training order and of the augmentation, at least 0.
+    dtype_str: 'uint8' (0..255 as stored) or 'float32' (scaled to [-1, 1]).
+    view: what of an image is shown where nothing is augmented.
+    augment: what is drawn at random in training.
+    metric: 'accuracy' (over images) or 'per_class' (mean of the classes' accuracies).
+    max_bad_fraction: more unreadable images than this share of a split end the run; in [0, 1).
+    cache_gigabytes: a split whose decoded images fit into this much memory is decoded once.
+    workers: number of loader processes for training; 0 for threads alone. Images are then not kept:
+      each process would keep its own.
+    host: number of this host.
+    hosts: number of hosts.
+  """
+
+  batch_size: int
+  eval_batch_size: int
+  shuffle_seed: int
+  dtype_str: str
+  view: resize.View
+  augment: Augment = dataclasses.field(default_factory=Augment)
+  metric: str = 'accuracy'
+  max_bad_fraction: float = 0.01
+  cache_gigabytes: float = 4.0
+  workers: int = 0
+  host: int = 0
+  hosts: int = 1
+
+  def __post_init__(self):
+    """Raises `UserError` for values out of range."""
+    errors.one_of('dtype_str', self.dtype_str, DTYPES)
+    errors.one_of('metric', self.metric, METRICS)
+    errors.check_at_least('batch_size', self.batch_size, 1)
+    errors.check_at_least('eval_batch_size', self.eval_batch_size, 1)
+    errors.check_at_least('shuffle_seed', self.shuffle_seed, 0)
+    errors.check_at_least('workers', self.workers, 0)
+    errors.check_at_least('image_size', self.view.image_size, 1)
+    if not 0 <= self.max_bad_fraction < 1:
+      raise errors.UserError(f'max_bad_fraction must be in [0, 1), not {self.max_bad_fraction}.')
+    if not 0 <= self.cache_gigabytes < math.inf:
+      raise errors.UserError(f'cache_gigabytes must be at least 0, not {self.cache_gigabytes}.')
+    for name in ('batch_size', 'eval_batch_size'):
+      if getattr(self, name) % self.hosts:
+        raise errors.UserError(
+          f'{name} {getattr(self, name)} cannot be shared by {self.hosts} hosts: use a multiple.'
+        )
+    if self.augment.mixes and self.batch_size // self.hosts % 2 and self.hosts > 1:
+      raise errors.UserError(
+        f'Images are mixed in pairs: batch_size {self.batch_size} gives each of {self.hosts} '
+        'hosts an odd number of them.'
+      )
