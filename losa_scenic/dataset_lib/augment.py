@@ -51,7 +51,7 @@ class Augment:
   erasing_probability: float = 0.0
   mixup_alpha: float = 0.0
   cutmix_alpha: float = 0.0
-  interpolation: str = 'area'
+  interpolation: str = 'fast'
 
   def __post_init__(self) -> None:
     """Raises `errors.UserError` for values out of range, naming 'augment.' and the field."""

@@ -25,6 +25,8 @@ from losa_scenic.dataset_lib.sources import BadImage, Record, Source
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _THREADS = min(16, _CORES)
+# A reduced image keeps this many pixels per pixel that is wanted: shrinking twice costs detail.
+_SPARE = 1.25
 cv2.setNumThreads(0)  # Threads work on whole images here; OpenCV's own would only fight with them.
 _pool: futures.ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -171,7 +173,8 @@ class Loader:
       if isinstance(record.image, bytes):
         header = decode.read_header(record.image, record.id)
         # Not a matter of the cache: what is shown must not depend on what was kept.
-        if header.reducible and min(header.height, header.width) >= 2 * self.view.image_size:
+        least = min(decode.REDUCTIONS) * _SPARE * self.view.image_size
+        if header.reducible and min(header.height, header.width) >= least:
           return self._cropped_file(record.image, record.id, header, rng), label
         pixels = decode.decode(record.image, record.id, header)
       else:
@@ -187,7 +190,7 @@ class Loader:
   ) -> np.ndarray:
     """A random crop of a large JPEG, of which no more detail is decoded than the crop needs."""
     box = augment_lib.random_crop(rng, header.height, header.width, self.augment.min_crop_area)
-    enough = min(box.height, box.width) // self.view.image_size
+    enough = min(box.height, box.width) / (_SPARE * self.view.image_size)
     reduction = next((r for r in decode.REDUCTIONS if r <= enough), 1)
     pixels = decode.decode(encoded, name, header, reduction)
     box = _reduced(box, reduction, pixels.shape)

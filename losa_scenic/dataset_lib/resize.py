@@ -1,9 +1,11 @@
 """Resizing and cropping: how an image of any size becomes the square that a backbone reads.
 
-The names of interpolations are Pillow's filters, antialiased when they shrink, and two more:
+The names of interpolations are Pillow's filters, antialiased when they shrink, and three more:
 
   area         the mean over each new pixel's square, as OpenCV has it; bicubic where a side grows.
-               The fastest: for augmented training, where an exact filter matters least.
+  fast         nearly `area` in half the time, for augmented training, where an exact filter matters
+               least: bilinear to twice the size that is wanted, then means of 2 x 2; bilinear alone
+               where an image hardly shrinks, bicubic where a side grows.
   bilinear_tf  bilinear without antialiasing, as `tf.image.resize`: for comparing with results that
                were made on TFDS (the original VTAB, VPT). Rounded to integers here, not there.
 """
@@ -19,7 +21,9 @@ from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.spec import CHOICES
 
 PILLOW = {name: Image.Resampling[name.upper()] for name in CHOICES['interpolation']}
-INTERPOLATIONS = (*PILLOW, 'area', 'bilinear_tf')
+INTERPOLATIONS = (*PILLOW, 'area', 'fast', 'bilinear_tf')
+# How much `fast` shrinks the longer side at most: in one step, in two, and where the other grows.
+_ONE_STEP, _TWO_STEPS, _WITH_GROWTH = 1.25, 2.7, 1.4
 
 
 class Box(NamedTuple):
@@ -87,8 +91,26 @@ def resize(
   if interpolation == 'bilinear_tf':
     resized = cv2.resize(image.astype(np.float32), size, interpolation=cv2.INTER_LINEAR)
     return np.rint(resized).astype(np.uint8)
+  if interpolation == 'fast':
+    return _fast(image, image_size)
   if interpolation == 'area':
     if min(image.shape[:2]) >= image_size:
       return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     interpolation = 'bicubic'
   return np.array(Image.fromarray(image).resize(size, PILLOW[interpolation]))
+
+
+def _fast(image: np.ndarray, image_size: int) -> np.ndarray:
+  """See the module: the factors were measured against exact means and Lanczos' filter."""
+  size = (image_size, image_size)
+  shrinks = max(image.shape[:2]) / image_size
+  if min(image.shape[:2]) < image_size:
+    if shrinks > _WITH_GROWTH:  # One side shrinks so much that it has to be antialiased.
+      return np.array(Image.fromarray(image).resize(size, PILLOW['bicubic']))
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+  if shrinks > _TWO_STEPS:
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+  if shrinks > _ONE_STEP:
+    twice = cv2.resize(image, (2 * image_size, 2 * image_size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(twice, size, interpolation=cv2.INTER_AREA)
+  return cv2.resize(image, size, interpolation=cv2.INTER_LINEAR)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from reference import images
+from sklearn import datasets as sklearn_datasets
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import resize
@@ -32,7 +33,7 @@ def test_pillows_filters(name):
 
 def test_names():
   assert set(resize.PILLOW) >= {'bilinear', 'bicubic'}
-  assert set(resize.INTERPOLATIONS) == {*resize.PILLOW, 'area', 'bilinear_tf'}
+  assert set(resize.INTERPOLATIONS) == {*resize.PILLOW, 'area', 'fast', 'bilinear_tf'}
   np.testing.assert_array_equal(
     resize.resize(images.noise(9, 9), 4), pillow(images.noise(9, 9), 4, 'BICUBIC')
   )
@@ -152,3 +153,18 @@ def test_values_out_of_range():
     View(8, 'bicubik')
   with pytest.raises(errors.UserError, match=r"interpolation 'areas'\. Did you mean 'area'"):
     resize.resize(images.noise(4, 4), 8, 'areas')
+
+
+@pytest.mark.parametrize(
+  ('height', 'width'),
+  [(427, 640), (300, 400), (250, 240), (640, 224), (230, 300), (600, 230), (200, 260), (120, 150)],
+)
+def test_fast_is_nearly_exact(height, width):
+  """Against the mean over each new pixel or, where a side grows, against bicubic."""
+  photo = Image.fromarray(sklearn_datasets.load_sample_image('china.jpg'))
+  image = np.array(photo.resize((width, height), Image.Resampling.BICUBIC))
+  shown = resize.resize(image, 224, 'fast').astype(float)
+  error = np.mean((shown - resize.resize(image, 224, 'area')) ** 2)
+  assert 10 * np.log10(255**2 / max(error, 1e-9)) > 43
+  aliased = cv2.resize(image, (224, 224), interpolation=cv2.INTER_NEAREST).astype(float)
+  assert error < 0.1 * np.mean((aliased - resize.resize(image, 224, 'area')) ** 2)
