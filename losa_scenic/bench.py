@@ -1,8 +1,9 @@
-"""Measures models and methods.
+"""Measures models, methods and input.
 
 python -m losa_scenic.bench params --backbone=g/14 --method=losa --set rank=64
 python -m losa_scenic.bench params --all=tests/golden/param_counts.json
 python -m losa_scenic.bench macs --backbone=g/14 --method=losa --set rank=64
+python -m losa_scenic.bench input
 """
 
 import argparse
@@ -13,7 +14,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from losa_scenic.adapt_lib import methods
-from losa_scenic.bench_lib import macs, params
+from losa_scenic.bench_lib import input_speed, macs, params
+from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import presets
 
@@ -22,11 +24,17 @@ def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code: 0, or 1 with one message on stderr."""
   args = _parser().parse_args(argv)
   try:
+    if args.command == 'input':
+      for part in input_speed.report(
+        args.root, args.rounds, args.batch_size, args.image_size, args.cores
+      ):
+        print(part, end='\n\n', flush=True)
+      return 0
     if args.command == 'params' and args.all:
       return _check_all(args)
     if not (args.backbone and args.method):
       raise errors.UserError('Give --backbone and --method.')
-    options = methods.from_text(args.method, parse_options(args.set))
+    options = methods.from_text(args.method, config_lib.pairs('--set', args.set))
     backbone_options = {'pool': args.pool} if args.pool else {}
     measure = {'params': params.count, 'macs': macs.of_method}[args.command]
     result = measure(args.backbone, args.method, options, backbone_options, args.num_classes)
@@ -54,27 +62,10 @@ def _check_all(args: argparse.Namespace) -> int:
   return int(wrong > 0)
 
 
-def parse_options(pairs: Sequence[str]) -> dict[str, str]:
-  """['rank=64', 'adaptor=low_rank_mlp'] -> {'rank': '64', 'adaptor': 'low_rank_mlp'}.
-
-  Raises:
-    errors.UserError: for a pair without '=', or an option given twice.
-  """
-  options: dict[str, str] = {}
-  for pair in pairs:
-    name, equals, value = pair.partition('=')
-    if not equals or not name:
-      raise errors.UserError(f"--set takes NAME=VALUE, not '{pair}'.")
-    if name in options:
-      raise errors.UserError(f'--set {name} is given twice.')
-    options[name] = value
-  return options
-
-
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog='python -m losa_scenic.bench',
-    description='Measures models and methods; prints one JSON object.',
+    description='Measures models, methods and input; prints one JSON object, or a table.',
   )
   commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
   command = _add_command(
@@ -93,7 +84,25 @@ def _parser() -> argparse.ArgumentParser:
     description='Counts multiply-accumulates of matrix products and convolutions in the traced '
     'forward pass, classifier included.',
   )
+  _add_input(commands)
   return parser
+
+
+def _add_input(commands: Any) -> None:
+  command = commands.add_parser(
+    'input',
+    help='time this and other loaders from JPEG files to training batches',
+    description='Prints markdown: images per second and quality of every loader whose library is '
+    'installed, of the same boxes of the same files.',
+  )
+  command.add_argument('--root', metavar='FOLDER', help='JPEG files (default: sample photos)')
+  for name, default, text in (
+    ('rounds', 9, 'passes of each loader'),
+    ('batch-size', 64, 'images of a batch'),
+    ('image-size', 224, 'side of the result in pixels'),
+    ('cores', 1, 'cores to use'),
+  ):
+    command.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
 
 
 def _add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentParser:

@@ -18,6 +18,7 @@ OWN = 'losa_scenic'
 @pytest.fixture(scope='module')
 def photos(tmp_path_factory):
   """Files of two sizes: the larger ones are decoded at half their size where the box allows it."""
+  input_loaders.limit_threads(1)  # TensorFlow, where it is installed, takes it once only.
   folder = tmp_path_factory.mktemp('photos')
   files = input_photos.write(folder, 200, 150, 5)
   (folder / 'large').mkdir()
@@ -30,7 +31,6 @@ def cores():
   before = os.sched_getaffinity(0)
   yield before
   os.sched_setaffinity(0, before)
-  cv2.setNumThreads(-1)
 
 
 def test_the_photos_are_of_the_size_asked_for_and_all_different(tmp_path):
