@@ -117,7 +117,7 @@ def _add_command(commands: Any, name: str, **texts: str) -> argparse.ArgumentPar
     '--set',
     action='append',
     default=[],
-    metavar='NAME=VALUE',
+    metavar='KEY=VALUE',
     help="an option of the method; of several methods 'lora.rank=4'",
   )
   command.add_argument('--pool', help='change the pooling: cls, gap or map')

@@ -33,7 +33,7 @@ def test_pooling_and_head_are_counted_apart(capsys):
     (['--backbone=g/14', '--method=lsa'], "Did you mean 'losa'"),
     (['--backbone=g/14', '--method=losa', '--set', 'rnk=4'], "Did you mean 'rank'"),
     (['--backbone=g/14', '--method=losa', '--set', 'rank=4.5'], 'rank must be of type int'),
-    (['--backbone=g/14', '--method=losa', '--set', 'rank'], 'NAME=VALUE'),
+    (['--backbone=g/14', '--method=losa', '--set', 'rank'], 'KEY=VALUE'),
     (['--backbone=g/14', '--method=losa', '--set', 'rank=4', '--set', 'rank=5'], 'given twice'),
     (['--backbone=g/14', '--method=linear', '--num_classes=0'], 'num_classes'),
     (['--method=linear'], 'Give --backbone and --method'),
