@@ -56,7 +56,7 @@ _SECONDS_BETWEEN_LINES = 5.0
 # Flag -> the field that a config has for it.
 _NOT_WITH_CONFIG = {
   'set': 'dataset_configs.KEY',
-  'image_size': 'dataset_configs.image_size',
+  'image_size': 'backbone_configs.image_size',
   'augment': 'augment.KEY',
   'seed': 'shuffle_seed',
 }

@@ -95,7 +95,8 @@ class Mixed(NamedTuple):
   Attributes:
     images: uint8 [b, h, w, 3].
     partner_labels: int32 [b].
-    share: of the image itself, float32 [b] in [0.5, 1]; 1 where nothing was mixed.
+    share: of the image itself, float32 [b], from about 0.5 (boxes are whole pixels) to 1; 1 where
+      nothing was mixed.
   """
 
   images: np.ndarray

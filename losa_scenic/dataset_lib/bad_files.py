@@ -79,16 +79,14 @@ class BadFiles:
     """
     met = {(p.split, p.id): p for p in problems}
     new = [problem for key, problem in met.items() if key not in self.problems]
-    if not new:
-      return
     for problem in new:
       self.problems[problem.split, problem.id] = problem
       if len(self.problems) <= _SHOWN:
         text = f'bad image ({problem.split}): {problem.id}: {problem.reason}'
         print(text.encode(errors='backslashreplace').decode(), file=sys.stderr)
-    if self.path is not None:
+    if new and self.path is not None:
       self._write(self.path)
-    for problem in new:
+    for problem in met.values():  # Those that are known too: a run over its limit is no other run.
       self._check(problem)
 
   def _write(self, path: pathlib.Path) -> None:

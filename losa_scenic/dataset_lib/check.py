@@ -26,7 +26,7 @@ from losa_scenic.dataset_lib.check_report import (
   Repeat,
   Report,
 )
-from losa_scenic.dataset_lib.loader import Loader
+from losa_scenic.dataset_lib.loader import Loader, is_large
 from losa_scenic.dataset_lib.sources import BadImage, Source, Splits
 
 _CHUNK = 32  # images that a thread reads in a row: sets in one file are read forwards
@@ -258,11 +258,9 @@ def _measure(
     done += len(batch)
   rate = done / max(time.monotonic() - began, 1e-9)
   crops = augment is not None and augment.crops
-  pixels = (
-    facts.size[readable].astype(np.int64).prod(axis=1).sum()
-    if crops
-    else (len(train) * view.image_size**2)
-  )
+  sizes = facts.size[readable].astype(np.int64)
+  large = np.array([crops and is_large(w, h, view.image_size) for w, h in sizes.tolist()], bool)
+  pixels = sizes[~large].prod(axis=1).sum() if crops else len(train) * view.image_size**2
   return Reading(
     cores=os.cpu_count() or 1,
     jobs=jobs,
@@ -271,5 +269,6 @@ def _measure(
     images_per_second=rate,
     epoch_seconds=len(train) / rate,
     decoded_bytes=int(pixels) * 3,
+    decoded_anew=int(large.sum()),
     cache_bytes=cache_bytes,
   )

@@ -79,7 +79,9 @@ class Reading:
     sample: training images that were made into batches for the measurement, read before.
     images_per_second: of making them, nothing cached.
     epoch_seconds: what all training images would take at that rate.
-    decoded_bytes: of all training images as the cache of the loader keeps them.
+    decoded_bytes: of the training images that the cache of the loader may keep, decoded.
+    decoded_anew: number of those that it does not keep: large ones, of which random crops decode
+      no more than they need.
     cache_bytes: of that cache.
   """
 
@@ -90,6 +92,7 @@ class Reading:
   images_per_second: float
   epoch_seconds: float
   decoded_bytes: int
+  decoded_anew: int
   cache_bytes: int
 
 

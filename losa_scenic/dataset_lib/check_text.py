@@ -220,7 +220,14 @@ def _reading(report: Report) -> Iterator[str]:
   )
   yield f'              (batches of {plural(reading.sample, "image")} that had been read before)'
   decoded, room = _size(reading.decoded_bytes), _size(reading.cache_bytes)
-  if reading.decoded_bytes <= reading.cache_bytes:
+  if reading.decoded_anew:
+    large = plural(reading.decoded_anew, 'large image')
+    yield f'  decoded     {large} anew for each random crop, no more of them than it needs'
+  if not reading.decoded_bytes:
+    return
+  if not reading.cache_bytes:
+    yield f'  decoded     {decoded} in each epoch: nothing is kept'
+  elif reading.decoded_bytes <= reading.cache_bytes:
     yield f'  decoded     {decoded}, which fits the cache of {room}: decoded only once'
   else:
     yield (

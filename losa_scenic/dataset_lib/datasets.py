@@ -60,7 +60,7 @@ def get_dataset(name: str) -> Callable[..., sources.Splits]:
     name: a key of `DATASETS`.
 
   Returns:
-    Its function `splits(*, image_size, ...) -> sources.Splits`.
+    Its function `splits(*, ...) -> sources.Splits`.
 
   Raises:
     errors.UserError: for an unknown name, naming the nearest one.

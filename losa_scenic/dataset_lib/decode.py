@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from losa_scenic.dataset_lib.sources import BadImage
 
@@ -117,8 +117,11 @@ def decode(
   if reduction != 1:
     raise ValueError(f'{name}: only everyday JPEG can be reduced, not {header}.')
   with _errors_name(name), Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-    ImageOps.exif_transpose(image, in_place=True)
-    return np.array(_to_rgb(image))
+    if header.mode == 'I' and header.format != 'PNG':  # Old Pillow's name of 16-bit PNG.
+      raise ValueError('its samples have 32 bits, whose range nothing says')
+    if header.format == 'TIFF':  # Turned by Pillow itself as it is decoded.
+      return np.array(_to_rgb(image))
+    return _upright(np.array(_to_rgb(image)), header.orientation)
 
 
 @contextlib.contextmanager
@@ -161,10 +164,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
   if image.mode == 'F':
     raise ValueError('its samples are floating-point numbers, whose range nothing says')
   if image.mode.startswith('I'):  # 16-bit grey; Pillow's own conversion would clip at 255.
-    samples = np.asarray(image)
-    if samples.min() < 0 or samples.max() > 65535:
-      raise ValueError('its samples have more than 16 bits')
-    return Image.fromarray((samples >> 8).astype(np.uint8)).convert('RGB')
+    return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert('RGB')
   if image.has_transparency_data:
     white = Image.new('RGBA', image.size, (255, 255, 255, 255))
     return Image.alpha_composite(white, image.convert('RGBA')).convert('RGB')

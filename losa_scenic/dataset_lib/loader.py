@@ -173,8 +173,7 @@ class Loader:
       if isinstance(record.image, bytes):
         header = decode.read_header(record.image, record.id)
         # Not a matter of the cache: what is shown must not depend on what was kept.
-        least = min(decode.REDUCTIONS) * _SPARE * self.view.image_size
-        if header.reducible and min(header.height, header.width) >= least:
+        if header.reducible and is_large(header.height, header.width, self.view.image_size):
           return self._cropped_file(record.image, record.id, header, rng), label
         pixels = decode.decode(record.image, record.id, header)
       else:
@@ -232,6 +231,11 @@ def _reduced(box: resize.Box, reduction: int, shape: Sequence[int]) -> resize.Bo
   bottom = min(shape[0], -(-(box.top + box.height) // reduction))
   right = min(shape[1], -(-(box.left + box.width) // reduction))
   return resize.Box(top, left, bottom - top, right - left)
+
+
+def is_large(height: int, width: int, image_size: int) -> bool:
+  """Whether a JPEG of this size is decoded at a fraction of it where a random crop allows that."""
+  return min(height, width) >= min(decode.REDUCTIONS) * _SPARE * image_size
 
 
 def parallel(work: Callable[[int], object], count: int) -> None:

@@ -132,8 +132,10 @@ def split_off(
   wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)
   for label in np.flatnonzero((present > 0) & (wanted >= present)).tolist():
     raise errors.UserError(
-      f"Class '{class_names[label]}': {counts[label]} images are too few to split off validation "
-      'and test images and keep some to train on.'
+      f"Class '{class_names[label]}': {counts[label]} images are too few: with a share of "
+      f'{share:g}, {wanted[label]} would be split off and none of the {present[label]} be left to '
+      'train on. Add images (3 are the least), or give a smaller val_fraction (0 for none) or '
+      'test_fraction.'
     )
   texts = (f'{salt}/{class_names[k]}/{name}' for k, name in zip(labels, names, strict=True))
   digests = _digests(texts, len(names))

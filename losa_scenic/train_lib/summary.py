@@ -1,6 +1,7 @@
 """What a finished run leaves for people and programs: summary.json, a table, a tuned backbone."""
 
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Mapping
@@ -73,7 +74,7 @@ def content(
     'backbone_facts': {
       field: origin for field, origin in model.backbone.facts.items() if origin != 'shapes'
     },
-    'dataset': _dataset(config),
+    'dataset': _dataset(config, meta_data.get('name') or config.dataset_name),
     'data': list(meta_data.get('about', ())),
     'metric': meta_data.get('metric', 'accuracy'),
     'num_train_examples': meta_data['num_train_examples'],
@@ -95,10 +96,14 @@ def of_training(workdir: pathlib.Path) -> dict[str, Any]:
   return {k: former[k] for k in _OF_TRAINING if k in former}
 
 
-def _dataset(config: Config) -> str:
+def _dataset(config: Config, name: str) -> str:
+  """Name of the set, and which of its kind."""
   options = config.dataset_configs
-  part = options.get('task') or options.get('name') or options.get('root')
-  return f'{config.dataset_name}:{pathlib.Path(part).stem}' if part else config.dataset_name
+  part, root = options.get('task') or options.get('name'), options.get('root')
+  if not part and root:
+    path = pathlib.Path(root).expanduser().absolute()
+    part = path.name if path.is_dir() else path.stem
+  return f'{name}:{part}' if part else name
 
 
 def data_lines(meta_data: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
@@ -169,13 +174,14 @@ def _speed(summary: Mapping[str, Any]) -> str:
   rate, wait = summary['train_images_per_second'], summary.get('input_wait')
   if not rate:
     return 'nothing left to train'
-  return f'{rate:.0f} images/s' + (f', waiting {wait:.1%} for data' if wait is not None else '')
+  return f'{rate:.0f} images/s' + (f', waiting {wait:.0%} for data' if (wait or 0) >= 0.02 else '')
 
 
 def export_backbone(
   program: Program,
   state: TrainState,
   config: Config,
+  name: str,
   evaluation: Mapping[str, float],
 ) -> None:
   """Writes the tuned backbone, without classifier, where `config.export_backbone` says.
@@ -188,14 +194,15 @@ def export_backbone(
   stacked = params if model.scan else encoder.stack_layers(params)
   recipe = config.to_dict()
   # The card travels with the weights: names of files, not where they lay on this machine.
-  if recipe['dataset_configs'].get('root'):
-    recipe['dataset_configs']['root'] = pathlib.Path(recipe['dataset_configs']['root']).name
+  for option, value in recipe['dataset_configs'].items():
+    if option == 'root' or (isinstance(value, str) and os.path.isabs(os.path.expanduser(value))):
+      recipe['dataset_configs'][option] = value and pathlib.Path(value).absolute().name
   recipe['export_backbone'] = pathlib.Path(config.export_backbone).name
   if program.model.backbone.weights is not None:
     recipe['backbone'] = pathlib.Path(config.backbone).name
   card = {
     'config': recipe,
-    'dataset': _dataset(config),
+    'dataset': _dataset(config, name),
     'num_steps': int(state.global_step),
     'seed': config.rng_seed,
     **evaluation,

@@ -89,6 +89,8 @@ def train(
       if start is not None:
         state = saver.restore(state)
       workdir_lib.write_json(workdir / 'config.json', plain)
+      if start is None:
+        (workdir / 'bad_files.csv').unlink(missing_ok=True)
       dataset.train_ds.bad_files.keep_in(workdir / 'bad_files.csv')
       if hasattr(writer, 'rewind'):
         writer.rewind(-1 if start is None else start)
@@ -166,7 +168,7 @@ def _run(
   workdir_lib.write_json(workdir / 'summary.json', content)
   print(summary.as_table(content, workdir))
   if config.export_backbone:  # Last: should it fail, everything else is there.
-    summary.export_backbone(program, state, config, eval_summary)
+    summary.export_backbone(program, state, config, name, eval_summary)
   return state, train_summary, content
 
 

@@ -86,3 +86,11 @@ def test_a_list_that_is_none_is_an_error(tmp_path, text):
   (tmp_path / 'bad.csv').write_text(text)
   with pytest.raises(errors.UserError, match=r'bad\.csv: not a list'):
     BadFiles(COUNTS, 0.1).keep_in(tmp_path / 'bad.csv')
+
+
+def test_a_run_over_its_limit_stays_over_it(tmp_path):
+  for _ in range(2):
+    listed = BadFiles({'train': 30}, 0.0)
+    listed.keep_in(tmp_path / 'bad.csv')
+    with pytest.raises(errors.UserError, match='unreadable image 1 of the 30'):
+      listed.add([problem(1)])

@@ -214,7 +214,7 @@ def test_a_config_file_says_what_is_shown(root, capsys, tmp_path):
     ('check digits --jobs=0', '--jobs must be at least 1'),
     ('check digits --csv=ROOT/nowhere/a.csv', 'there is no such folder'),
     ('check digits --config.batch_size=3', 'goes with a config file alone'),
-    ('check CONFIG --image-size=32', 'use --config.dataset_configs.image_size=VALUE'),
+    ('check CONFIG --image-size=32', 'use --config.backbone_configs.image_size=VALUE'),
     ('check CONFIG --config.batch_sise=32', "Did you mean 'batch_size'?"),
     ('show digits --output=a.jpg', 'must be a .png file'),
     ('show digits --output=ROOT/a.png --augment flipp=true', "Did you mean 'flip'?"),
