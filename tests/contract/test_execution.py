@@ -18,6 +18,8 @@ from losa_scenic.train_lib import steps
 from losa_scenic.train_lib.state import TrainState
 
 METHODS = sorted(methods.METHODS)
+# One that only reads the weights, and those that compute with them in their own way.
+FEW = ('linear', 'full', 'losa', 'dora', 'toast', 'noah')
 CLASSES = 5
 
 
@@ -91,8 +93,18 @@ def test_stack_and_unstack_are_inverse_and_fit_the_models(method):
   assert all(np.allclose(again[p], v) for p, v in trees.flatten(values).items())
 
 
-@pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize(('dtype', 'tolerance'), [('bfloat16', 0.02), ('float16', 0.004)])
+# Each dtype compiles every method once more: of float16, a few always, all with -m slow.
+HALF = [
+  pytest.param(
+    *(dtype, tolerance, method),
+    marks=pytest.mark.slow if dtype == 'float16' and method not in FEW else (),
+  )
+  for dtype, tolerance in (('bfloat16', 0.02), ('float16', 0.004))
+  for method in METHODS
+]
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance', 'method'), HALF)
 def test_half_precision_compute_is_close(method, dtype, tolerance, random_like, make_batch):
   exact, half = adapted(method, scan=True), adapted(method, scan=True, dtype=jnp.dtype(dtype))
   params, images = random_like(exact.param_shapes()), make_batch(3)['inputs']
@@ -104,8 +116,7 @@ def test_half_precision_compute_is_close(method, dtype, tolerance, random_like, 
   assert not close(have, want, 1e-6), 'half precision was not used'
 
 
-# One that only reads the weights, and those that compute with them in their own way.
-@pytest.mark.parametrize('method', ['linear', 'full', 'losa', 'dora', 'toast', 'noah'])
+@pytest.mark.parametrize('method', FEW)
 def test_frozen_weights_may_be_stored_in_half_precision(
   method, random_like, make_batch, dtype='bfloat16'
 ):

@@ -79,8 +79,21 @@ def features_before_and_after(model, params, images):
   return np.asarray(before), np.asarray(plain.apply({'params': merged}, images))
 
 
-@pytest.mark.parametrize(('method', 'options'), FOLDABLE, ids=str)
-@pytest.mark.parametrize(('backbone', 'pool'), [('test/8', 'map'), ('vivit-test/8x2', 'gap')])
+# Merging probes each operation and takes seconds: of clips, a few methods always, all with -m slow.
+QUICK_CLIPS = ('full', 'lora', 'ssf', 'fact_tt')
+MERGED = [
+  *((method, options, 'test/8', 'map') for method, options in FOLDABLE),
+  *(
+    pytest.param(
+      *(method, options, 'vivit-test/8x2', 'gap'),
+      marks=() if method in QUICK_CLIPS else pytest.mark.slow,
+    )
+    for method, options in FOLDABLE
+  ),
+]
+
+
+@pytest.mark.parametrize(('method', 'options', 'backbone', 'pool'), MERGED, ids=str)
 def test_the_merged_backbone_has_the_same_features(method, options, backbone, pool, random_like):
   model = adapted(method, options, backbone, pool=pool)
   params = random_like(model.param_shapes())

@@ -52,6 +52,17 @@ CASES = [
 ]
 IDS = ['-'.join([m, b.split('/')[0], *map(str, (o | c).values())]) for m, o, b, c in CASES]
 every_case = pytest.mark.parametrize(('method', 'options', 'backbone', 'changes'), CASES, ids=IDS)
+# Compiling a training step takes seconds: of clips, a few methods always, all with -m slow.
+QUICK_CLIPS = ('adapter', 'convpass', 'full', 'linear', 'lora', 'losa', 'st_adapter', 'vpt_deep')
+TRAINED = [
+  pytest.param(*case, marks=pytest.mark.slow)
+  if case[2] == VIDEO and case[0] not in QUICK_CLIPS
+  else case
+  for case in CASES
+]
+every_trained_case = pytest.mark.parametrize(
+  ('method', 'options', 'backbone', 'changes'), TRAINED, ids=IDS
+)
 one_case_per_method = pytest.mark.parametrize('method', NAMES)
 
 
@@ -190,7 +201,7 @@ def test_every_method_has_a_known_parameter_count():
   assert {row['method'] for row in GOLDEN} == set(methods.METHODS)
 
 
-@every_case
+@every_trained_case
 def test_every_trainable_leaf_moves_within_three_steps(method, options, backbone, changes, trained):
   _, before, _, state, _ = trained(method, options, backbone, changes)
   before, after = trees.flatten(before), trees.flatten(state.trainable)
@@ -202,7 +213,7 @@ def test_every_trainable_leaf_moves_within_three_steps(method, options, backbone
   assert all(np.isfinite(leaf).all() for leaf in after.values())
 
 
-@every_case
+@every_trained_case
 def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(
   method, options, backbone, changes, trained
 ):

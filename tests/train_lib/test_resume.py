@@ -120,16 +120,14 @@ def interrupt_and_compare(spawn, tmp_path, overrides, plan) -> int:
   return killed
 
 
-def test_five_kills_change_nothing(spawn, tmp_path):
+def test_three_kills_change_nothing(spawn, tmp_path):
   rng = random.Random(0)
   plan = [
     ('step', rng.randint(1, 4)),  # Before the first checkpoint.
     ('save', 0),
-    ('step', rng.randint(12, 16)),
-    ('time', rng.uniform(0.0, 0.2)),
     ('saved', 5 * rng.randint(5, 7)),
   ]
-  assert interrupt_and_compare(spawn, tmp_path, RUN + AUGMENTED, plan) >= 4
+  assert interrupt_and_compare(spawn, tmp_path, RUN + AUGMENTED, plan) >= 2
 
 
 @pytest.mark.slow
