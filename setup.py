@@ -39,12 +39,14 @@ setuptools.setup(
   ],
   extras_require={
     'hf': ['datasets>=4'],
+    'video': ['av>=14'],
     'tfds': ['array_record', 'tensorflow-datasets>=4.9.9'],
     'tf': ['tensorflow-cpu', 'tensorflow-datasets>=4.9.9'],
     'gpu': ['jax[cuda12]>=0.10,<0.12'],
     'tpu': ['jax[tpu]>=0.10,<0.12'],
     'dev': [
       'array_record',
+      'av>=14',
       'beartype',
       'datasets>=4',
       'hypothesis',
