@@ -49,6 +49,7 @@ RECIPES = {
   'adapter_plus': Recipe('adamw', 1e-3, 1e-4, 64, 100.0, 150, 'Steitz and Roth 2024: its configs'),
   'toast': Recipe('momentum', 0.1, 1e-3, 32, 100.0, 310, 'TOAST, Shi et al. 2023: its grids'),
   'head2toe': Recipe('adamw', 0.01, 0.0, 128, 64.0, 0, 'Head2Toe, Evci et al. 2022: README'),
+  'vivit': Recipe('momentum', 0.05, 0.0, 64, 30.0, 40, 'ViViT-B FE, Arnab et al. 2021: its config'),
 }
 
 
@@ -184,6 +185,13 @@ PUBLISHED: dict[str, Published] = {
     'noah',
     {'kernel': '3,3,3'},
     large={'bottleneck': 768, 'kernel': '3,3,3'},
+  ),
+  'temporal': Published(
+    'Arnab et al. 2021 (ViViT, factorised encoder): for Kinetics-400, with the whole model trained '
+    'and gradients clipped at norm 1; warm-up is its 2.5 epochs, of 1,000 clips. Beside a frozen '
+    'backbone no settings are public, and the residual form is ours',
+    'vivit',
+    {'depth': 4},
   ),
   'toast': Published(
     'Shi et al. 2023; its feedback module is pre-tuned on ImageNet, here it starts from zero',

@@ -10,7 +10,7 @@ from jaxtyping import Float, Num
 from losa_scenic.adapt_lib.method import Run
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
-from losa_scenic.model_lib import layers, vit
+from losa_scenic.model_lib import attention, vit
 from losa_scenic.model_lib.spec import BackboneSpec
 
 # Of every linear layer, and of every convolution.
@@ -78,7 +78,7 @@ class SideBlock(nn.Module):
     norm = functools.partial(nn.LayerNorm, epsilon=self.norm_eps, dtype=self.dtype)
     query = linear(c, name='query')(norm(name='norm1')(s))
     key, value = linear(c, name='key')(context), linear(c, name='value')(context)
-    s = s + linear(c, name='out')(layers.attention(query, key, value, self.heads))
+    s = s + linear(c, name='out')(attention.attention(query, key, value, self.heads))
     s = s + features
     hidden = linear(4 * c, name='fc1')(norm(name='norm2')(s))
     return s + linear(c, name='fc2')(GELU[self.gelu](hidden))

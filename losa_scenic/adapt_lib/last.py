@@ -29,7 +29,7 @@ from jaxtyping import Float, Num
 from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType
-from losa_scenic.model_lib import layers
+from losa_scenic.model_lib import attention, layers
 from losa_scenic.model_lib.spec import BackboneSpec
 
 
@@ -77,7 +77,7 @@ class LowRankAttention(nn.Module):
       layers.dense(self.rank, self.dtype, name=name)(u) for name in ('query', 'key', 'value')
     )
     out = layers.dense(x.shape[-1], self.dtype, kernel_init=nn.initializers.zeros, name='out')
-    return out(layers.attention(q, k, v, heads=1))
+    return out(attention.attention(q, k, v, heads=1))
 
 
 class LAST(nn.Module):

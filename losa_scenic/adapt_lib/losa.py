@@ -7,7 +7,9 @@ With b_1 .. b_L the outputs of the frozen encoder's blocks and y_0 = b_L,
 
 where g_i mixes channels (W_d [d r]) and tokens (the same on x^T, W_d [n r]) in turn (Eq. 5). On
 video a token mixer is the sum of a spatial one [n_s r], per frame, and a temporal one [n_t r], per
-position (Eq. 6). y_L takes the place of b_L: frozen final norm, pooling, classifier.
+position (Eq. 6). y_L takes the place of b_L: frozen final norm, pooling, classifier. A class token,
+which the paper's video models lack, belongs to every frame as it does to an image: where a clip has
+but one, it takes part in the mixing of each, and what comes out for it is the mean over frames.
 
 Mercea, Gritsenko, Schmid, Arnab: Time-, Memory- and Parameter-Efficient Visual Adaptation, CVPR
 2024, section 3.3, https://arxiv.org/abs/2402.02887.
@@ -22,13 +24,11 @@ also train a rank-32 LoRA on the MAP head, which no sentence of it mentions: `ma
 import functools
 
 import flax.linen as nn
-import jax.numpy as jnp
 from jaxtyping import Float, Num
 
-from losa_scenic.adapt_lib import inserts, ladder
+from losa_scenic.adapt_lib import inserts, ladder, mixer
 from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
 from losa_scenic.model_lib.encoder import Encoded
@@ -46,6 +46,7 @@ def build(
   rank: int = 16,
   num_layers: int | None = None,
   adaptor: str = 'low_rank_mixer',
+  mix_time: bool = True,
   activation: str = 'block',
   y0: str = 'b_L',
   alpha_init: float = 1.0,
@@ -62,6 +63,7 @@ def build(
       all of them when not given.
     adaptor: 'low_rank_mixer' (channels and tokens in turn), 'low_rank_mlp' (channels only) or
       'transformer' (LST's ladder, its MLPs as wide as the backbone's); Table 3.
+    mix_time: False leaves the temporal token mixers out, on clips.
     activation: 'block', 'mlp', 'mhsa', or 'both' MHSA and MLP outputs in sequence, which doubles
       the side network (Table 4).
     y0: where the side network starts: 'b_L' or 'b_0', the embedded tokens (Table 6).
@@ -73,7 +75,8 @@ def build(
 
   Returns:
     The method. Trainable parameters without the classifier, for k taps (twice as many with 'both'):
-    ceil(k/2) (2 d r + r + d + 1) + floor(k/2) (2 n r + r + n + 1) + 10 d map_head_lora_rank; those
+    ceil(k/2) (2 d r + r + d + 1) + floor(k/2) (2 n r + r + n + 1) + 10 d map_head_lora_rank, where
+    on clips n is that of a frame, and temporal mixers add floor(k/2) (2 n_t r + r + n_t + 1); those
     of the transformer stand in `ladder`.
 
   Raises:
@@ -97,6 +100,10 @@ def build(
     )
   if transformer_width is not None and adaptor != 'transformer':
     raise errors.UserError(f"LoSA transformer_width is for adaptor 'transformer', not '{adaptor}'.")
+  if not mix_time and (not spec.frames or adaptor != 'low_rank_mixer'):
+    raise errors.UserError(
+      "LoSA mix_time=False has no effect: it is for clips and adaptor 'low_rank_mixer'."
+    )
   taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
   if adaptor == 'transformer':
     width = 48 if transformer_width is None else transformer_width
@@ -105,7 +112,15 @@ def build(
   else:
     mix_tokens = adaptor == 'low_rank_mixer'
     side = functools.partial(
-      LoSA, rank, taps, collect, mix_tokens, start=y0, alpha_init=alpha_init, gelu=spec.gelu
+      LoSA,
+      rank,
+      taps,
+      collect,
+      mix_tokens,
+      mix_time=mix_time,
+      start=y0,
+      alpha_init=alpha_init,
+      gelu=spec.gelu,
     )
   low_rank = functools.partial(inserts.LowRank, rank=map_head_lora_rank)
   head: dict[sites.Where, sites.MakeInsert] = (
@@ -120,34 +135,6 @@ def tap_indices(depth: int, k: int) -> tuple[int, ...]:
   return tuple((2 * j * depth + k) // (2 * k) - 1 for j in range(1, k + 1))
 
 
-class Mixer(nn.Module):
-  """g of Eq. 4 along one axis: alpha * (GELU(x W_d + c_d) W_u + c_u).
-
-  Attributes:
-    rank: r.
-    axis: the axis of the input that is mixed; the others are carried along.
-    alpha_init: alpha before training.
-    gelu: 'tanh' or 'erf'.
-  """
-
-  rank: int
-  axis: int
-  alpha_init: float = 1.0
-  gelu: str = 'tanh'
-
-  @nn.compact
-  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
-    size, dtype = x.shape[self.axis], x.dtype
-    down = self.param('down_kernel', nn.initializers.he_uniform(), (size, self.rank)).astype(dtype)
-    down_bias = self.param('down_bias', nn.initializers.zeros, (self.rank,)).astype(dtype)
-    up = self.param('up_kernel', nn.initializers.zeros, (self.rank, size)).astype(dtype)
-    up_bias = self.param('up_bias', nn.initializers.zeros, (size,)).astype(dtype)
-    alpha = self.param('alpha', nn.initializers.constant(self.alpha_init), ()).astype(dtype)
-    x = jnp.moveaxis(x, self.axis, -1)
-    hidden = GELU[self.gelu](x @ down + down_bias)
-    return jnp.moveaxis(alpha * (hidden @ up + up_bias), -1, self.axis)
-
-
 class LoSA(nn.Module):
   """The side network.
 
@@ -156,6 +143,7 @@ class LoSA(nn.Module):
     taps: 0-based indices of the blocks that are read.
     collect: the site or sites read of each of those blocks.
     mix_tokens: alternate channel and token mixers; channel mixers only otherwise.
+    mix_time: whether the token mixers of clips have a temporal part.
     start: 'b_L' or 'b_0'.
     alpha_init: alpha before training.
     gelu: 'tanh' or 'erf'.
@@ -165,6 +153,7 @@ class LoSA(nn.Module):
   taps: tuple[int, ...]
   collect: tuple[str, ...] = ('block',)
   mix_tokens: bool = True
+  mix_time: bool = True
   start: str = 'b_L'
   alpha_init: float = 1.0
   gelu: str = 'tanh'
@@ -177,22 +166,20 @@ class LoSA(nn.Module):
     y = encoded.tokens if self.start == 'b_L' else encoded.embedded
     stream = [encoded.layers[site][tap] for tap in self.taps for site in self.collect]
     for i, b in enumerate(stream):
-      mixes_tokens = self.mix_tokens and i % 2 == 1
-      y = self._mix(b + y, encoded, i, mixes_tokens) + y
+      y = self._mix(b + y, encoded, i, tokens=self.mix_tokens and i % 2 == 1) + y
     return run.features(y, train=train)
 
   def _mix(
     self, x: Float[Array, 'b n d'], encoded: Encoded, i: int, tokens: bool
   ) -> Float[Array, 'b n d']:
-    def mixer(name: str, axis: int) -> Mixer:
-      return Mixer(self.rank, axis, self.alpha_init, self.gelu, name=f'layer_{i}_{name}')
+    def mix(name: str, x: Array, axis: int, kind: type[mixer.Mixer] = mixer.Mixer) -> Array:
+      return kind(self.rank, axis, self.alpha_init, self.gelu, name=f'layer_{i}_{name}')(x)
 
-    frames, height, width = encoded.grid
-    if not tokens:
-      return mixer('channel', -1)(x)
-    if frames == 1:
-      return mixer('token', 1)(x)
-    if encoded.prefix:
-      raise errors.UserError('LoSA mixes space and time of a token grid: no class token on video.')
-    grid = x.reshape(x.shape[0], frames, height * width, x.shape[-1])
-    return (mixer('spatial', 2)(grid) + mixer('temporal', 1)(grid)).reshape(x.shape)
+    if not tokens or encoded.grid[0] == 1:
+      return mix('token', x, 1) if tokens else mix('channel', x, -1)
+    again = nn.remat(mixer.Mixer)  # Hidden units of 16 frames at rank 64 are four times x.
+    by_time = mixer.by_time(x, encoded)
+    mixed = mix('spatial', by_time, 2, again)
+    if self.mix_time:
+      mixed += mix('temporal', by_time, 1, again)
+    return mixer.in_a_row(mixed, encoded)

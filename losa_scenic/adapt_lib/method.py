@@ -117,7 +117,7 @@ class Method:
   @property
   def spares_backbone(self) -> bool:
     """Whether no gradient enters the encoder: it is only ever run forward (memory class A)."""
-    after_encoder = {'norm', 'pool', *sites.MAP_HEAD_SITES}
+    after_encoder = {'norm', 'pool', 'time', *sites.MAP_HEAD_SITES}
     return self.trains is nothing and all(
       after_encoder.issuperset(sites.sites_of(where)) for where in self.inserts
     )

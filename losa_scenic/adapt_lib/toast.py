@@ -73,6 +73,8 @@ def toast_lite(spec: BackboneSpec, *, rank: int = 4, value_bias: bool = False) -
 
 
 def _method(spec: BackboneSpec, value_bias: bool, exact: bool, **fields: PyTree) -> Method:
+  if spec.factorised:
+    raise errors.UserError('TOAST feeds back one sequence of tokens: no factorised backbone.')
   return Method(
     inserts={'value': functools.partial(Feedback, value_bias)},
     side=functools.partial(Steering, spec.depth, **fields),

@@ -21,7 +21,7 @@ from jaxtyping import Float
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType, Params, PyTree
-from losa_scenic.model_lib import layers, positions, sites
+from losa_scenic.model_lib import attention, layers, positions, sites
 from losa_scenic.model_lib.spec import BackboneSpec
 
 
@@ -37,6 +37,8 @@ class Encoded:
       that recorded nothing of that name).
     grid: token grid (t, h, w) of `tokens` without its first `prefix` ones.
     prefix: leading tokens that are not on the grid.
+    sequences: in how many sequences, one after the other in time, the layers saw an input; each had
+      its share of the leading tokens.
   """
 
   tokens: PyTree  # An array, or its shape under `jax.eval_shape`.
@@ -44,6 +46,7 @@ class Encoded:
   layers: Mapping[str, Any]
   grid: tuple[int, int, int] = flax.struct.field(pytree_node=False)
   prefix: int = flax.struct.field(pytree_node=False)
+  sequences: int = flax.struct.field(pytree_node=False, default=1)
 
 
 class Block(nn.Module):
@@ -59,9 +62,12 @@ class Block(nn.Module):
       return layers.dense(features, self.dtype, use_bias=spec.has_bias(name), **kwargs)
 
     self.norm1, self.norm2 = norm(), norm()
-    self.query, self.key, self.value, self.out = (
-      linear(name, spec.width) for name in ('query', 'key', 'value', 'out')
+    # Of clips a copy of the merged weights is much; of images three products in one are quicker.
+    product = layers.lone_product if spec.frames else None
+    self.query, self.key, self.value = (
+      linear(name, spec.width, dot_general=product) for name in ('query', 'key', 'value')
     )
+    self.out = linear('out', spec.width)
     mlp_bias = nn.initializers.normal(1e-6)
     self.fc1 = linear('fc1', spec.mlp, bias_init=mlp_bias)
     self.fc2 = linear('fc2', spec.width, bias_init=mlp_bias)
@@ -91,7 +97,7 @@ class Block(nn.Module):
       bias = None
       if spec.relative_positions:
         bias = positions.relative_bias(self.relative_bias, spec, q.shape[1], k.shape[1])
-      return layers.attention(q, k, v, spec.heads, *mask, bias=bias)
+      return attention.attention(q, k, v, spec.heads, *mask, bias=bias)
 
     def attn(u: Array) -> Array:
       q, k, v = (at(name, getattr(self, name))(u) for name in ('query', 'key', 'value'))
@@ -123,7 +129,7 @@ class Block(nn.Module):
     if spec.qk_norm == 'width':
       x = getattr(self, norm)(x)
     elif spec.qk_norm == 'head':
-      x = getattr(self, norm)(layers.split_heads(x, spec.heads)).reshape(x.shape)
+      x = getattr(self, norm)(attention.split_heads(x, spec.heads)).reshape(x.shape)
     return positions.rotate(x, spec) if spec.rope != 'none' else x
 
 

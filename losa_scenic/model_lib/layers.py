@@ -11,10 +11,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType
+from losa_scenic.model_lib.attention import attention
 from losa_scenic.model_lib.spec import BackboneSpec
 
 At = Callable[[str, Callable[[Any], Array]], Callable[[Any], Array]]
@@ -26,41 +27,20 @@ def dense(features: int, dtype: DType, **kwargs) -> nn.Dense:
   return nn.Dense(features, dtype=dtype, **kwargs)
 
 
+def lone_product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
+  """`jax.lax.dot_general` that the compiler does not merge with others of the same input.
+
+  For GPUs XLA makes one product of the three of attention, for which it copies their weights side
+  by side in every step, those of all layers before the first one runs.
+  """
+  x, kernel = jax.lax.optimization_barrier((x, kernel))
+  return jax.lax.dot_general(x, kernel, *args, **kwargs)
+
+
 def norm(spec: BackboneSpec, dtype: DType) -> nn.LayerNorm | nn.RMSNorm:
   """The spec's kind of norm over channels; statistics in float32, output in `dtype`."""
   kind = nn.LayerNorm if spec.norm == 'layer' else nn.RMSNorm
   return kind(epsilon=spec.norm_eps, dtype=dtype)
-
-
-def split_heads(x: Float[Array, 'b n d'], heads: int) -> Float[Array, 'b n h e']:
-  """[b n d] -> [b n heads d/heads]."""
-  return x.reshape(*x.shape[:-1], heads, -1)
-
-
-def attention(
-  q: Float[Array, 'b n d'],
-  k: Float[Array, 'b m d'],
-  v: Float[Array, 'b m d'],
-  heads: int,
-  mask: Bool[Array, '#b 1 #n m'] | None = None,
-  bias: Float[Array, 'h n m'] | None = None,
-) -> Float[Array, 'b n d']:
-  """softmax(q k^T / sqrt(d / heads) + bias) v, per head; the softmax is computed in float32.
-
-  With a mask, query i sees only the keys where it is True.
-  """
-  dtype = q.dtype
-  # On CPU XLA has no product of float16 matrices with float32 sums.
-  if dtype == jnp.float16 and jax.default_backend() == 'cpu':
-    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-  y = jax.nn.dot_product_attention(
-    split_heads(q, heads),
-    split_heads(k, heads),
-    split_heads(v, heads),
-    bias=None if bias is None else bias[None].astype(q.dtype),
-    mask=mask,
-  )
-  return y.reshape(q.shape).astype(dtype)
 
 
 class PatchEmbed(nn.Module):

@@ -42,7 +42,7 @@ def rotate(x: Float[Array, 'b n d'], spec: BackboneSpec) -> Float[Array, 'b n d'
 
   'eva' pairs neighbouring channels of a head, 'dinov3' channel j with j + (d / heads) / 2.
   """
-  start, end = spec.prefix, spec.tokens
+  start, end = spec.prefix, spec.sequence
   own = x[:, start:end].astype(jnp.float32)
   shape = own.shape
   turn = angles(spec)[:, None]
@@ -82,4 +82,4 @@ def relative_bias(
 ) -> Float[Array, 'heads queries keys']:
   """The bias of each (query, key), 0 for those that a method added at the end."""
   bias = table[offsets(spec)].transpose(2, 0, 1)
-  return jnp.pad(bias, ((0, 0), (0, queries - spec.tokens), (0, keys - spec.tokens)))
+  return jnp.pad(bias, ((0, 0), (0, queries - spec.sequence), (0, keys - spec.sequence)))

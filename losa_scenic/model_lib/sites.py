@@ -34,6 +34,7 @@ ModelSite = Literal[
   'encoder',  # embedded tokens [b n d] -> output of the last block [b n d]
   'norm',  # final norm, of tokens [b n d], or of pooled features [b 1 d]
   'pool',  # tokens [b n d] -> features [b d]
+  'time',  # of factorised backbones: features in time [b t d] -> those of the clip [b d]
   'pool_query',  # the linears of the MAP head, and its whole MLP
   'pool_key',
   'pool_value',
@@ -73,7 +74,7 @@ class Ctx:
   """What an insert may know besides its input.
 
   Attributes:
-    grid: token grid (t, h, w).
+    grid: token grid (t, h, w) of the sequence that the insert sees.
     prefix: number of leading tokens that are not on the grid (class token). What an insert adds
       goes to the end of the sequence: the first prefix + t h w tokens are always the model's own.
     train: whether this is a training pass (dropout and the like).
@@ -81,6 +82,8 @@ class Ctx:
     shared: values common to all layers, or None.
     record: `record(name, value)` hands a value of a layer to the side network.
     site: where the insert is being called.
+    sequences: how many neighbours in the batch are one clip, in the order of time (factorised
+      backbones; 1 otherwise).
   """
 
   grid: tuple[int, int, int]
@@ -90,12 +93,17 @@ class Ctx:
   shared: PyTree | None = None
   record: Callable[[str, Array], None] = _no_record
   site: str = ''
+  sequences: int = 1
 
   def split(self, x: Array) -> tuple[Array, Array, Array]:
-    """[b n d] -> prefix tokens [b p d], the grid [b t h w d], tokens added at the end [b s d]."""
+    """[b n d] -> prefix tokens [b p d], the grid [b t h w d], tokens added at the end [b s d].
+
+    The grid is that of whole clips: where a clip is several sequences, its b is that much smaller
+    and its t that much larger.
+    """
     t, h, w = self.grid
     end = self.prefix + t * h * w
-    grid = x[:, self.prefix : end].reshape(x.shape[0], t, h, w, x.shape[-1])
+    grid = x[:, self.prefix : end].reshape(-1, self.sequences * t, h, w, x.shape[-1])
     return x[:, : self.prefix], grid, x[:, end:]
 
 

@@ -39,6 +39,8 @@ class BackboneSpec:
     image_size: side of the square input in pixels; a multiple of `patch`.
     frames: frames of a clip, or 0 for images; a multiple of `tubelet`.
     tubelet: frames of a patch.
+    factorised: tokens of a clip attend only to those of their own tubelet index, as if each were an
+      image with its own class token; the mean of the features over time is the clip's.
     pool: 'cls' (class token), 'cls_dist' (mean of the class token and the token after it: DeiT's
       distillation token), 'gap' (mean over patch tokens) or 'map' (attention pooling).
     class_token: whether a class token is prepended before the position embedding.
@@ -72,6 +74,8 @@ class BackboneSpec:
     interpolation: how the data pipeline resizes images, as in pretraining.
     position_resize: how the position embedding is resampled to another input size; one of
       `weights_lib.resize.METHODS`.
+    inflation: how the patch kernel of an image checkpoint becomes that of tubelets, where `frames`
+      makes a clip backbone of one; of `weights_lib.inflate.METHODS`.
   """
 
   name: str
@@ -83,6 +87,7 @@ class BackboneSpec:
   image_size: int = 224
   frames: int = 0
   tubelet: int = 1
+  factorised: bool = False
   pool: str = 'cls'
   class_token: bool = True
   registers: int = 0
@@ -110,6 +115,7 @@ class BackboneSpec:
   std: tuple[float, float, float] = (0.5, 0.5, 0.5)
   interpolation: str = 'bicubic'
   position_resize: str = 'bicubic_antialias'
+  inflation: str = 'central_frame'
 
   def __post_init__(self):
     for field, allowed in CHOICES.items():
@@ -144,8 +150,13 @@ class BackboneSpec:
       raise errors.UserError(
         f'Backbone mean and std must be three numbers each, std above 0: {self.mean}, {self.std}.'
       )
-    if self.frames and (self.rope != 'none' or self.relative_positions):
-      raise errors.UserError('Rotary and relative positions are for images, not for clips.')
+    if self.factorised and not self.frames:
+      raise errors.UserError('factorised=True is for clips: it needs frames.')
+    in_space = self.rope != 'none' or self.relative_positions
+    if self.frames and in_space and not self.factorised:
+      raise errors.UserError(
+        'Rotary and relative positions are for images, not for clips, unless factorised=True.'
+      )
     if self.relative_positions and self.registers:
       raise errors.UserError('Relative positions know no register tokens.')
 
@@ -167,10 +178,20 @@ class BackboneSpec:
     return int(self.class_token) + self.registers
 
   @property
-  def tokens(self) -> int:
-    """n, tokens the encoder sees: class token, registers, patches."""
+  def sequences(self) -> int:
+    """In how many sequences, one after the other in time, the encoder sees one input."""
+    return self.grid[0] if self.factorised else 1
+
+  @property
+  def sequence(self) -> int:
+    """Tokens of one of those sequences: class token, registers, patches."""
     t, h, w = self.grid
-    return t * h * w + self.prefix
+    return t * h * w // self.sequences + self.prefix
+
+  @property
+  def tokens(self) -> int:
+    """n, tokens the encoder sees of one input."""
+    return self.sequences * self.sequence
 
   def has_bias(self, name: str) -> bool:
     """Whether a block's linear layer of that name has a bias."""

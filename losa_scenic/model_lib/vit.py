@@ -4,10 +4,13 @@ What else `BackboneSpec` can say (registers, norms, rotary positions ...) is wha
 have; each is a line here or in `encoder.Block`.
 
 With frames in the spec, tubelets of a clip take the place of patches and all tokens attend to each
-other: the unfactorised space-time ViViT (Arnab et al. 2021, section 3.3, model 1).
+other: the unfactorised space-time ViViT (Arnab et al. 2021, section 3.3, model 1). A factorised one
+runs the encoder on each time by itself, as on an image (the spatial encoder of model 2), up to the
+pooling; what comes after it stands at the site 'time'.
 """
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Num
 
@@ -46,6 +49,8 @@ class ViT(nn.Module):
         f"Sites {sorted(unreachable)} exist only with pooling 'map'; this backbone pools by "
         f"'{spec.pool}'."
       )
+    if 'time' in named and not spec.factorised:
+      raise errors.UserError("Site 'time' exists only in backbones with factorised=True.")
     self.patch = layers.PatchEmbed(spec, dtype=self.dtype)
     if spec.class_token:
       self.cls = self.param('cls', nn.initializers.zeros, (1, 1, spec.width))
@@ -55,7 +60,7 @@ class ViT(nn.Module):
       )
     if spec.positions == 'learned':
       self.pos_embedding = self.param(
-        'pos_embedding', nn.initializers.normal(0.02), (1, spec.tokens, spec.width)
+        'pos_embedding', nn.initializers.normal(0.02), (1, spec.sequence, spec.width)
       )
     if spec.patch_norm:
       self.patch_norm = layers.norm(spec, self.dtype)
@@ -71,7 +76,10 @@ class ViT(nn.Module):
     self.insert = {sites.name_of(where): make() for where, make in outer.items()}
 
   def _ctx(self, train: bool, shared: PyTree | None) -> sites.Ctx:
-    return sites.Ctx(grid=self.spec.grid, prefix=self.spec.prefix, train=train, shared=shared)
+    t, h, w = self.spec.grid
+    many = self.spec.sequences
+    grid, prefix = (t // many, h, w), self.spec.prefix
+    return sites.Ctx(grid=grid, prefix=prefix, train=train, shared=shared, sequences=many)
 
   def _at(self, train: bool, shared: PyTree | None) -> layers.At:
     return sites.make_at(sites.by_site(self.insert), self._ctx(train, shared))
@@ -94,7 +102,9 @@ class ViT(nn.Module):
       train: whether this is a training pass.
 
     Returns:
-      The tokens before the final norm, and everything collected.
+      The tokens before the final norm, and everything collected. If the backbone is factorised,
+      tokens of all times stand in one row: all class tokens and registers, then the grid, then what
+      was added.
 
     Raises:
       errors.UserError: if the image size is not that of the position embedding.
@@ -115,12 +125,16 @@ class ViT(nn.Module):
       seen.update(values)
       return x
 
-    tokens = at('encoder', run)(embedded)
-    return encoder.Encoded(tokens, embedded, seen, spec.grid, spec.prefix)
+    tokens, embedded = self._joined(at('encoder', run)(embedded)), self._joined(embedded)
+    for site in seen.keys() & set(self.collect):
+      seen[site] = jax.tree.map(self._joined, seen[site])
+    prefix = spec.sequences * spec.prefix
+    return encoder.Encoded(tokens, embedded, seen, spec.grid, prefix, spec.sequences)
 
-  def _embedded(self, x: Float[Array, 'b patches d']) -> Float[Array, 'b n d']:
+  def _embedded(self, x: Float[Array, 'b patches d']) -> Float[Array, 's n d']:
     """Patch tokens -> input of the first block: class token, registers, patches."""
     spec = self.spec
+    x = x.reshape(spec.sequences * len(x), -1, spec.width)
     x = self.patch_norm(x) if spec.patch_norm else x
     prefix = [self.cls] if spec.class_token else []
     prefix += [self.registers] if spec.registers else []
@@ -130,6 +144,26 @@ class ViT(nn.Module):
       x = x + self.pos_embedding.astype(x.dtype)
     return self.pre_norm(x) if spec.pre_norm else x
 
+  def _joined(self, x: Float[Array, '*l s m d']) -> Float[Array, '*l b n d']:
+    """Sequences -> rows of whole inputs: what leads each sequence, the grid, what was added."""
+    spec, many = self.spec, self.spec.sequences
+    if many == 1:
+      return x
+    *lead, s, _, d = x.shape
+    parts = jnp.split(x, (spec.prefix, min(spec.sequence, x.shape[-2])), axis=-2)
+    parts = [part.reshape(*lead, s // many, many * part.shape[-2], d) for part in parts]
+    return jnp.concatenate([part for part in parts if part.shape[-2]], axis=-2)
+
+  def _apart(self, x: Float[Array, 'b n d']) -> Float[Array, 's m d']:
+    """The inverse of `_joined`."""
+    spec, many = self.spec, self.spec.sequences
+    if many == 1:
+      return x
+    b, n, d = x.shape
+    parts = jnp.split(x, (many * spec.prefix, min(spec.tokens, n)), axis=1)
+    parts = [part.reshape(b * many, part.shape[1] // many, d) for part in parts]
+    return jnp.concatenate([part for part in parts if part.shape[1]], axis=1)
+
   def normed(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b n d']:
@@ -137,14 +171,15 @@ class ViT(nn.Module):
     tokens = tokens.astype(self.dtype)
     if self.spec.final_norm != 'tokens':
       return tokens
-    return self._at(train, shared)('norm', self.norm)(tokens)
+    return self._joined(self._at(train, shared)('norm', self.norm)(self._apart(tokens)))
 
   def pooled(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b d']:
     """Pooling of `normed` tokens, and the final norm if it comes after.
 
-    The mean is over the grid's tokens alone.
+    The mean is over the grid's tokens alone. The features of a factorised backbone are the mean of
+    those of all times.
     """
     at, spec = self._at(train, shared), self.spec
 
@@ -152,13 +187,15 @@ class ViT(nn.Module):
       if spec.pool == 'map':
         return self.map_head(x, at)
       if spec.pool == 'gap':
-        return x[:, spec.prefix : spec.tokens].mean(axis=1)
+        return x[:, spec.prefix : spec.sequence].mean(axis=1)
       return x[:, 0] if spec.pool == 'cls' else x[:, :2].mean(axis=1)
 
-    x = at('pool', pool)(tokens)
-    if spec.final_norm != 'pooled':
+    x = at('pool', pool)(self._apart(tokens))
+    if spec.final_norm == 'pooled':
+      x = at('norm', self.norm)(x[:, None])[:, 0]
+    if not spec.factorised:
       return x
-    return at('norm', self.norm)(x[:, None])[:, 0]
+    return at('time', lambda x: x.mean(axis=1))(x.reshape(len(tokens), -1, spec.width))
 
   def features(
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False

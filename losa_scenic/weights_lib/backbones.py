@@ -13,12 +13,12 @@ import numpy as np
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.model_lib import presets
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.weights_lib import checkpoint, stored
+from losa_scenic.weights_lib import checkpoint, inflate, stored
 
 _PACKAGED = pathlib.Path(__file__).parent.parent / 'pretrained'
 IN_FOLDER = 'backbone.json'  # What a converted folder holds.
 # Fields of stored weights that may differ from what is stored.
-CHANGEABLE = ('pool', 'image_size', 'mean', 'std', 'interpolation')
+CHANGEABLE = ('pool', 'image_size', 'mean', 'std', 'interpolation', *inflate.FIELDS)
 
 
 class Weights(Protocol):
@@ -117,7 +117,8 @@ def find(name: str, changes: Mapping[str, Any] | None = None) -> Backbone:
       public checkpoint, file or folder (see `sources.open_source`); or a preset such as 'S/16',
       whose weights are random.
     changes: `BackboneSpec` fields: any for a preset; `CHANGEABLE` ones for stored weights; for a
-      public checkpoint also those that it does not say.
+      public checkpoint also those that it does not say. With frames, weights of images become those
+      of clips (see `inflate`).
 
   Raises:
     errors.UserError: if there is no such backbone, its files are damaged, or a change would need
@@ -134,16 +135,22 @@ def find(name: str, changes: Mapping[str, Any] | None = None) -> Backbone:
           f'{", ".join(CHANGEABLE)} can.'
         )
   elif _is_file(name):
-    given = {field: value for field, value in changes.items() if field != 'image_size'}
+    of_use = ('image_size', *inflate.FIELDS)
+    given = {field: value for field, value in changes.items() if field not in of_use}
     weights = checkpoint.open_checkpoint(name, given)
   else:
     _check_preset(name)
+    if 'inflation' in changes:
+      raise errors.UserError(f"Backbone '{name}' has random weights: there is nothing to inflate.")
     return Backbone(presets.preset(name, **changes))
   if changes.get('pool') == 'map' and 'map_head/probe' not in weights.shapes:
     raise errors.UserError(f"Backbone '{name}' has no MAP head: its pooling cannot become 'map'.")
   family, facts = _facts(weights)
-  given = dict.fromkeys(changes, 'given') if facts else {}
   spec = dataclasses.replace(weights.spec, **changes)
+  inflate.check(weights.spec, spec, changes)
+  given = dict.fromkeys(changes, 'given') if facts else {}
+  if facts and spec.frames > weights.spec.frames:
+    given.setdefault('inflation', 'convention')
   return Backbone(spec, weights, family, {**facts, **given})
 
 
@@ -268,7 +275,8 @@ def _mapped_layers(
   weights: Weights, spec: BackboneSpec, name: str, dtype: Callable[[str], Any] | None
 ) -> np.ndarray | None:
   """All layers of a parameter where the file is mapped, if they can be used as they are."""
-  if not isinstance(weights, stored.Stored) or weights.spec.grid != spec.grid:
+  resampled = name.endswith('relative_bias') and weights.spec.grid != spec.grid
+  if not isinstance(weights, stored.Stored) or resampled:
     return None
   whole = weights.read_stacked(name)
   return whole if dtype is None or whole.dtype == jnp.dtype(dtype(name)) else None

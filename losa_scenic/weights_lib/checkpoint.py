@@ -12,7 +12,7 @@ import numpy as np
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.model_lib.vit import ViT
-from losa_scenic.weights_lib import geometry, mapping, resize, sources
+from losa_scenic.weights_lib import geometry, inflate, mapping, resize, sources
 from losa_scenic.weights_lib.evidence import Fields
 
 
@@ -92,7 +92,8 @@ def open_checkpoint(
 
   Args:
     path: as `sources.open_source` takes it.
-    given: fields of `BackboneSpec` that the user states.
+    given: fields of `BackboneSpec` that the user states; none of `inflate.FIELDS`, as files are of
+      images.
     prefix: which encoder of a file with several.
     family: name of its family of names, or 'auto'.
 
@@ -100,6 +101,12 @@ def open_checkpoint(
     errors.UserError: if the file is no ViT of a known family, a tensor is left over, one is missing
       or has another shape, or a field cannot be known.
   """
+  for field in inflate.FIELDS:
+    if field in (given or {}):
+      raise errors.UserError(
+        f'{field}: checkpoints of images become those of clips when they are used: '
+        f'--config.backbone_configs.{field}=...'
+      )
   source = sources.open_source(path)
   layout = mapping.find(source.tensors, prefix, family)
   name = pathlib.Path(str(path).rstrip('/')).name
@@ -176,12 +183,14 @@ def _positions(table: np.ndarray, spec: BackboneSpec) -> np.ndarray:
 
 
 def resized(path: str, value: np.ndarray, old: BackboneSpec, new: BackboneSpec) -> np.ndarray:
-  """A parameter for another input size: positions are resampled, everything else stays."""
-  if old.grid == new.grid:
+  """A parameter for another input: positions are resampled, of an image's the clip's are made."""
+  inflated = bool(new.frames) and not old.frames
+  if old.grid == new.grid and not inflated:
     return value
-  grids = old.grid[1:], new.grid[1:]
+  if path == 'patch/proj/kernel' and inflated:
+    return inflate.patch_kernel(value, new.tubelet, new.inflation)
   if path == 'pos_embedding':
-    return resize.position_embedding(value, *grids, old.prefix, old.position_resize)
+    return inflate.positions(value, old, new)
   if path.endswith('relative_bias'):
-    return resize.relative_bias(value, *grids)
+    return resize.relative_bias(value, old.grid[1:], new.grid[1:])
   return value

@@ -26,6 +26,7 @@ _ACTIVATIONS = {
   'gelu_new': 'gelu_tanh',
   'gelu_pytorch_tanh': 'gelu_tanh',
   'gelu_tanh': 'gelu_tanh',
+  'gelu_fast': 'gelu_tanh',
   'quick_gelu': 'quick_gelu',
   'silu': 'silu',
   'swish': 'silu',
@@ -38,6 +39,7 @@ _DEFAULTS: dict[str, Fields] = {
   'dinov2': {'activation': 'gelu_erf', 'norm_eps': 1e-6},
   'dinov3': {'activation': 'gelu_erf', 'norm_eps': 1e-5},
   'aimv2': {'activation': 'silu', 'norm_eps': 1e-5},
+  'vivit': {'activation': 'gelu_tanh', 'norm_eps': 1e-6, **HALF},
   'internvl': {'activation': 'gelu_erf', 'norm_eps': 1e-6},
   **{key: {'activation': 'gelu_erf', 'norm_eps': 1e-12} for key in ('vit', 'deit', 'beit')},
 }
@@ -49,7 +51,7 @@ _RESAMPLING = {0: 'nearest', 1: 'lanczos', 2: 'bilinear', 3: 'bicubic', 4: 'box'
 # Family of names -> how the model types of its config.json begin; timm's have an 'architecture'.
 _KINDS: dict[str, tuple[str, ...]] = {
   'timm': (),
-  'transformers': ('vit', 'deit', 'beit', 'internvl', 'ijepa', 'data2vec-vision'),
+  'transformers': ('vit', 'deit', 'beit', 'internvl', 'ijepa', 'data2vec-vision', 'vivit'),
   'transformers (DINOv2)': ('dinov2',),
   'transformers (CLIP, SigLIP)': ('clip', 'siglip', 'metaclip'),
   'transformers (DINOv3)': ('dinov3',),
@@ -208,6 +210,10 @@ def _transformers(config: Mapping[str, Any]) -> Fields:
   for theirs, ours in (('image_size', 'image_size'), ('patch_size', 'patch')):
     if theirs in config:
       fields[ours] = _side(config[theirs])
+  if kind == 'vivit':
+    tubelet, *sides = config.get('tubelet_size', (2, 16, 16))
+    fields |= {'frames': int(config.get('num_frames', 32)), 'tubelet': int(tubelet)}
+    fields['patch'] = _side(sides)
   if kind.startswith('dinov3'):
     fields |= {'rope': 'dinov3', 'rope_theta': float(config.get('rope_theta', 100.0))}
   if kind == 'internvl_vision' or 'use_mean_pooling' in config:
@@ -217,9 +223,11 @@ def _transformers(config: Mapping[str, Any]) -> Fields:
 
 def _preprocessor(config: Mapping[str, Any]) -> Fields:
   factor = config.get('rescale_factor', 1 / 255) if config.get('do_rescale', True) else 1.0
-  if not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+  centred = bool(config.get('offset'))  # ViViT's: pixels become x / 127.5 - 1 before all else.
+  whole = 127.5 if centred else 255
+  if not math.isclose(factor, 1 / whole, rel_tol=1e-3):
     raise errors.UserError(
-      f'preprocessor_config.json multiplies pixels by {factor}, not by 1 / 255.'
+      f'preprocessor_config.json multiplies pixels by {factor}, not by 1 / {whole}.'
     )
   if not config.get('do_normalize', True):
     config = {**config, 'image_mean': (0.0,) * 3, 'image_std': (1.0,) * 3}
@@ -227,7 +235,11 @@ def _preprocessor(config: Mapping[str, Any]) -> Fields:
   if isinstance(name, int):
     errors.one_of('resample of the checkpoint', str(name), map(str, _RESAMPLING))
     name = _RESAMPLING[name]
-  return _normalisation(config, 'image_mean', 'image_std', name)
+  fields = _normalisation(config, 'image_mean', 'image_std', name)
+  if centred:
+    fields['mean'] = tuple((mean + 1) / 2 for mean in fields.get('mean', HALF['mean']))
+    fields['std'] = tuple(std / 2 for std in fields.get('std', HALF['std']))
+  return fields
 
 
 def _normalisation(config: Mapping[str, Any], mean: str, std: str, filter_: str | None) -> Fields:

@@ -89,6 +89,11 @@ def describe(
   _decide_pool(fields, origins, layout)
   _check_map_pool(fields, layout, metadata)
   undecided = [field for field, value in fields.items() if value is None]
+  if 'frames' in undecided:
+    raise errors.UserError(
+      'The weights are of clips, and do not say of how many frames: put the config.json of their '
+      'model beside them.'
+    )
   if undecided:
     positions = (
       f'It has no {layout.expected_name("pos_embedding")}. ' if 'rope' in undecided else ''
@@ -104,7 +109,8 @@ def describe(
 def _with_side(fields: Fields, origins: dict[str, str], shapes: Shapes) -> Fields:
   """Fields with the image size, which the number of positions gives."""
   prefix = int(fields['class_token']) + fields['registers']
-  side = shapes.side(prefix, fields.get('image_size', 0) // fields['patch'])
+  times = max(fields.get('frames', 0) // fields['tubelet'], 1)
+  side = shapes.side(prefix, fields.get('image_size', 0) // fields['patch'], times)
   if side is not None:
     size = side * fields['patch']
     if origins.get('image_size') == 'given' and fields['image_size'] != size:
@@ -167,6 +173,8 @@ def _conventions(layout: Layout, tensors: Mapping[str, Tensor], found: Fields) -
   fields |= {'block_norm': 'pre', 'image_size': 224, **evidence.IMAGENET}
   fields['position_resize'] = _position_resize(layout, tensors, found, names)
   fields |= {'activation': 'silu'} if found['gated'] else {}
+  if len(tensors[layout.origins['patch/proj/kernel'].name].shape) == 5:
+    fields['frames'] = None
   if family.jax:
     return fields | {'activation': 'gelu_tanh', **evidence.HALF}
   if 'map_head/probe' in layout.origins:

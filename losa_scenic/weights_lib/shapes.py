@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.spec import CHOICES
 from losa_scenic.weights_lib.evidence import Fields
+from losa_scenic.weights_lib.families import TRANSFORMERS
 from losa_scenic.weights_lib.mapping import Layout
 from losa_scenic.weights_lib.tensors import Tensor
 
@@ -70,7 +71,7 @@ class Shapes:
       fields['heads'] = _most(s[-2:-1] for leaf in kernels for s in self._of(leaf))
     return fields | self._patch()
 
-  def side(self, prefix: int, likely: int) -> int | None:
+  def side(self, prefix: int, likely: int, times: int = 1) -> int | None:
     """Patches per side that the positions are for, or None if there are none of a fixed number.
 
     Which of the leading tokens a position embedding covers is told by the patches being a square;
@@ -79,6 +80,7 @@ class Shapes:
     Args:
       prefix: number of tokens before the patches.
       likely: a side.
+      times: number of squares, one after the other in time.
 
     Raises:
       errors.UserError: if the positions are of no square grid.
@@ -87,7 +89,8 @@ class Shapes:
       name, shape = self._named('pos_embedding')
       rows = shape[-2] if len(shape) > 1 else 0
       patches = [rows - covered for covered in sorted({prefix, 1, 0}, reverse=True)]
-      sides = [math.isqrt(n) for n in patches if n > 0 and math.isqrt(n) ** 2 == n]
+      patches = [n // times for n in patches if n > 0 and not n % times]
+      sides = [math.isqrt(n) for n in patches if math.isqrt(n) ** 2 == n]
       if sides:
         return likely if likely in sides else sides[0]
       raise errors.UserError(f'{name} {list(shape)} has positions of no square grid.')
@@ -144,9 +147,11 @@ class Shapes:
     space = shape[:-2] if self.layout.family.jax else shape[2:]
     if len(space) not in (2, 3) or space[-1] != space[-2]:
       raise errors.UserError(f'{name} {list(shape)}: only square patches are known.')
-    if len(space) == 3:
-      raise errors.UserError(f'{name} {list(shape)} is of clips, which are not read.')
-    return {'patch': space[-1], 'tubelet': 1}
+    if len(space) == 2:
+      return {'patch': space[-1], 'tubelet': 1}
+    if self.layout.family is not TRANSFORMERS:
+      raise errors.UserError(f'{name} {list(shape)} is of clips; of those only ViViT is read.')
+    return {'patch': space[-1], 'tubelet': space[0]}
 
   def _final_norm(self) -> str:
     if not self._has_norm('norm'):

@@ -72,6 +72,8 @@ CASES = [
   ('st_adapter', {'bottleneck': 3}, CLIP),
   ('st_adapter', {'bottleneck': 3, 'kernel': '3,1,1', 'placement': 'mlp'}, CLIP),
   ('st_adapter', {'bottleneck': 6, 'activation': 'relu'}, CLS),
+  ('temporal', {'depth': 2}, {**CLIP, 'factorised': True}),
+  ('temporal', {'depth': 1, 'residual': False}, {**GAP, 'frames': 3, 'factorised': True}),
   ('losa', {'rank': 3}, {**CLS, 'depth': 3}),
   ('losa', {'rank': 3, 'map_head_lora_rank': 2}, MAP),
   ('losa', {'rank': 3, 'map_head_lora_rank': 2}, CLIP),

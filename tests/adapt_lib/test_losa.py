@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from losa_scenic.adapt_lib import inserts, losa, methods
+from losa_scenic.adapt_lib import mixer as mixer_lib
 from losa_scenic.adapt_lib.method import Run, partition, split_head
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.model_lib import presets
@@ -121,7 +122,7 @@ def test_side_network_equals_the_equations(fields, grid, prefix, gelu_kind, rand
 
 
 def test_the_two_gelus_differ(random_like):
-  mixers = [losa.Mixer(RANK, axis=-1, gelu=kind) for kind in ('tanh', 'erf')]
+  mixers = [mixer_lib.Mixer(RANK, axis=-1, gelu=kind) for kind in ('tanh', 'erf')]
   x = 2 * np.random.default_rng(0).standard_normal((4, D)).astype(np.float32)
   params = random_like(jax.eval_shape(mixers[0].init, jax.random.key(0), x), scale=1.0)
   tanh, erf = (mixer.apply(params, x) for mixer in mixers)
@@ -136,7 +137,7 @@ def test_build_takes_the_backbones_gelu(kind):
 
 def test_mixer_starts_as_zero_with_alpha_as_given():
   x = np.ones((2, 4, D), np.float32)
-  mixer = losa.Mixer(RANK, axis=1, alpha_init=0.3)
+  mixer = mixer_lib.Mixer(RANK, axis=1, alpha_init=0.3)
   params = mixer.init(jax.random.key(0), x)['params']
   assert not np.any(mixer.apply({'params': params}, x))
   assert params['alpha'] == np.float32(0.3)
@@ -269,20 +270,13 @@ def test_parameter_count_formula(k, adaptor, activation):
     ({'alpha_init': 0.0}, 'alpha_init must not be 0'),
     ({'map_head_lora_rank': -1}, 'must not be negative'),
     ({'map_head_lora_rank': 2}, "pools by 'map'; this one: 'cls'"),
+    ({'mix_time': False}, 'mix_time=False has no effect: it is for clips'),
     ({'rnk': 4}, "Unknown option of method 'losa' 'rnk'. Did you mean 'rank'"),
   ],
 )
 def test_a_bad_option_is_a_user_error(options, message):
   with pytest.raises(errors.UserError, match=message):
     methods.build('losa', presets.preset('test/8'), options)
-
-
-def test_a_class_token_on_video_is_a_user_error():
-  module = losa.LoSA(rank=2, taps=(0, 1))
-  with pytest.raises(errors.UserError, match='no class token on video'):
-    module.init(
-      jax.random.key(0), run_of(encoded((2, 1, 2), prefix=1)), jnp.zeros((B, 1)), train=False
-    )
 
 
 def test_low_rank_insert_equals_numpy(random_like):

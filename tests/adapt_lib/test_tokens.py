@@ -11,7 +11,7 @@ import pytest
 from losa_scenic.adapt_lib import methods, tokens
 from losa_scenic.adapt_lib.method import partition, split_head
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import layers, presets
+from losa_scenic.model_lib import attention, presets
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.sites import Ctx
 
@@ -95,7 +95,7 @@ def test_a_prefix_is_seen_where_a_mask_hides_other_keys(rows):
   mask = np.random.default_rng(3).random((2, 1, rows, 5)) < 0.5
   mask[..., 0] = True
   module = tokens.Prefix(2, nn.initializers.zeros)
-  attend = lambda qkv: layers.attention(*qkv[:3], 2, *qkv[3:])  # noqa: E731
+  attend = lambda qkv: attention.attention(*qkv[:3], 2, *qkv[3:])  # noqa: E731
   have = module.apply({'params': {'keys': keys, 'values': values}}, attend, (x, x, x, mask), CTX)
   extended = [np.concatenate([x, np.broadcast_to(p, (2, 2, D))], axis=1) for p in (keys, values)]
   want = np.zeros_like(x)

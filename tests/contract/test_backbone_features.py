@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import kinds
 
 from losa_scenic.adapt_lib import fold, methods
 from losa_scenic.adapt_lib.method import BACKBONE, combine, partition
@@ -16,7 +17,7 @@ from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.vit import ViT
 
 CLASSES = 5
-OPTIONS = {'hst': {'stages': 3}}
+OPTIONS = {'hst': {'stages': 3}, 'temporal': {'depth': 1}}
 BACKBONES = {
   'rms_gated_rope': {
     'registers': 2,
@@ -70,7 +71,7 @@ every_backbone = pytest.mark.parametrize('backbone', BACKBONES)
 
 
 def adapted(method, backbone):
-  changed = presets.preset('test/8', **BACKBONES[backbone])
+  changed = presets.preset('test/8', **BACKBONES[backbone], **kinds.changes(method))
   built = methods.build(method, changed, OPTIONS.get(method, {}))
   return Adapted(changed, built, CLASSES, scan=not built.unrolled)
 

@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
+from reference import kinds
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.bench_lib import cost
@@ -17,11 +18,12 @@ BATCH = 8
 
 # HST has no more stages than there are layers. A ladder of the default width, 4 channels here, does
 # more softmax and GELU than products, and their backward pass is more than twice the forward pass.
-OPTIONS = {'hst': {'stages': 3}, 'lst': {'width': 8}}
+# A temporal encoder sees two tokens: the optimizer's step counts beside its products.
+OPTIONS = {'hst': {'stages': 3}, 'lst': {'width': 8}, 'temporal': {'depth': 1}}
 
 
 def tiny(method='losa', pool='cls', scan=False, **options):
-  spec = presets.preset('test/8', pool=pool)
+  spec = presets.preset('test/8', pool=pool, **kinds.changes(method))
   options = OPTIONS.get(method, {}) | options
   return Adapted(spec, methods.build(method, spec, options), num_classes=5, scan=scan)
 
@@ -111,6 +113,7 @@ def test_tuning_the_last_layers_keeps_nothing_of_those_below(k):
   ('name', 'want'),
   [
     *((name, 'A') for name in ('losa', 'linear', 'lst', 'last', 'res_tuning_bypass', 'head2toe')),
+    ('temporal', 'A'),
     *((name, 'B') for name in ('last_k', 'dtl')),
     *((name, 'D') for name in ('full', 'mlp_only', 'attention_only')),
     *((name, 'C') for name in ('bitfit', 'lora', 'adapter', 'vpt_shallow', 'toast', 'hst', 'ssf')),

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import kinds
+from reference.kinds import batch_of
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import combine, partition
@@ -23,12 +25,12 @@ FEW = ('linear', 'full', 'losa', 'dora', 'toast', 'noah')
 CLASSES = 5
 
 
-OPTIONS = {'hst': {'stages': 3}}  # for a backbone of three layers
+OPTIONS = {'hst': {'stages': 3}, 'temporal': {'depth': 1}}  # for a backbone of three layers
 
 
 def adapted(method, pool='cls', **execution):
   """The model; layers that cannot be scanned are unrolled, whatever `execution` says."""
-  spec = presets.preset('test/8', pool=pool)
+  spec = presets.preset('test/8', pool=pool, **kinds.changes(method))
   options = dict(OPTIONS.get(method, {}))
   if method == 'losa' and pool == 'map':
     options['map_head_lora_rank'] = 2
@@ -66,7 +68,7 @@ POOL = {'st_adapter': 'gap'}
 def test_scan_equals_unroll_equals_remat(method, pool, random_like, make_batch):
   stacked = adapted(method, pool, scan=True)
   trainable, frozen = random_like(partition(stacked.param_shapes(), stacked.method))
-  batch = make_batch(3)
+  batch = batch_of(stacked, make_batch, 3)
   want_logits, want = logits_and_gradients(stacked, trainable, frozen, batch)
   assert all(np.abs(g).max() > 0 for path, g in want.items() if 'key/bias' not in path)
   for scan, remat in ((False, False), (True, True)):
@@ -107,7 +109,7 @@ HALF = [
 @pytest.mark.parametrize(('dtype', 'tolerance', 'method'), HALF)
 def test_half_precision_compute_is_close(method, dtype, tolerance, random_like, make_batch):
   exact, half = adapted(method, scan=True), adapted(method, scan=True, dtype=jnp.dtype(dtype))
-  params, images = random_like(exact.param_shapes()), make_batch(3)['inputs']
+  params, images = random_like(exact.param_shapes()), batch_of(exact, make_batch, 3)['inputs']
   variables = {'params': params, **exact.init_model_state()}
   want = jax.jit(exact.apply)(variables, images)
   have = jax.jit(half.apply)(variables, images)
@@ -138,7 +140,7 @@ def test_train_step_in_bfloat16_keeps_trainable_parameters_in_float32(
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))
   frozen = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), frozen)
   state, step = _step(model, trainable, optax.adamw(1e-3))
-  state, metrics = jax.eval_shape(step, state, frozen, make_batch(2))
+  state, metrics = jax.eval_shape(step, state, frozen, batch_of(model, make_batch, 2))
   assert {leaf.dtype for leaf in jax.tree.leaves(state.trainable)} == {jnp.dtype('float32')}
   floats = [a for a in jax.tree.leaves(state.opt_state) if jnp.issubdtype(a.dtype, jnp.floating)]
   assert {leaf.dtype for leaf in floats} == {jnp.dtype('float32')}
@@ -153,7 +155,7 @@ def test_float32_step_never_promotes_a_dtype(method, pool, random_like, make_bat
   # Flax's LayerNorm promotes bfloat16 inputs and optax's Adam its counter: SGD in float32.
   with jax.numpy_dtype_promotion('strict'):
     state, step = _step(model, trainable, optax.sgd(1e-2))
-    jax.eval_shape(step, state, frozen, make_batch(2))
+    jax.eval_shape(step, state, frozen, batch_of(model, make_batch, 2))
 
 
 def _step(model, trainable, tx):

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from reference import kinds
 
 from losa_scenic.adapt_lib import fold, inserts, methods
 from losa_scenic.adapt_lib.method import BACKBONE, Method
@@ -53,6 +54,7 @@ REASONS = {
   'convpass': "'attn'",
   'convpass_attn': "'attn'",
   'st_adapter': "'attn_block'",
+  'temporal': "'time'",
   'vpt_shallow': "'encoder'",
   'vpt_deep': "'block'",
   'prompt_accumulate': "'block'",
@@ -150,7 +152,7 @@ def test_every_method_can_be_merged_or_says_why_not():
 def test_what_cannot_be_merged_says_why(method, reason):
   options = {'hst': {'stages': 3}}.get(method, {})
   with pytest.raises(errors.UserError, match=f'cannot be merged into the backbone.*{reason}'):
-    fold.fold(adapted(method, options), {})
+    fold.fold(adapted(method, options, **kinds.changes(method)), {})
 
 
 def test_the_papers_lora_around_the_mlp_cannot_be_merged():

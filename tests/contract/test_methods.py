@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from reference import kinds
+from reference.kinds import batch_of
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import BACKBONE, combine, partition, split_head
 from losa_scenic.common_lib import config, errors, trees
-from losa_scenic.model_lib import presets
+from losa_scenic.model_lib import encoder, presets
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.model_lib.vit import ViT
@@ -26,17 +28,22 @@ ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = json.loads((ROOT / 'tests' / 'golden' / 'param_counts.json').read_text())['rows']
 CLASSES = 5
 NAMES = sorted(methods.METHODS)
-# Options that fit a backbone of three layers, where the defaults do not.
-OPTIONS = {'hst': {'stages': 3}}
-NO_CLIPS = {'hst'}  # reads the image itself: with a MAP head instead
+# Options that fit a backbone of three layers, or compile faster than the defaults.
+OPTIONS = {'hst': {'stages': 3}, 'temporal': {'depth': 1}}
+FACTORISED = {'factorised': True}
 VIDEO = 'vivit-test/8x2'  # with a MAP head and without a class token
+BACKBONES = {'images': ('test/8', {}), 'clips': (VIDEO, {}), 'factorised': (VIDEO, FACTORISED)}
 
 
 # (method, options, backbone, `BackboneSpec` changes). A new method appears by itself.
 CASES = [
-  *((name, OPTIONS.get(name, {}), 'test/8', {}) for name in NAMES),
-  *((name, OPTIONS.get(name, {}), VIDEO, {}) for name in NAMES if name not in NO_CLIPS),
-  *((name, OPTIONS.get(name, {}), 'test/8', {'pool': 'map'}) for name in sorted(NO_CLIPS)),
+  *(
+    (name, OPTIONS.get(name, {}), *backbone)
+    for kind, backbone in BACKBONES.items()
+    for name in NAMES
+    if kind in kinds.of(name)
+  ),
+  ('hst', OPTIONS['hst'], 'test/8', {'pool': 'map'}),  # The clips of the others have a MAP head.
   ('losa', {}, 'test/8', {'pool': 'gap'}),
   ('full', {'token_keep': 0.5}, 'test/8', {'pool': 'cls'}),
   (
@@ -50,35 +57,41 @@ CASES = [
   ('losa', {'y0': 'b_0', 'activation': 'mhsa'}, 'test/8', {'pool': 'cls'}),
   ('losa', {'map_head_lora_rank': 2}, 'test/8', {'pool': 'map', 'class_token': True}),
 ]
-IDS = ['-'.join([m, b.split('/')[0], *map(str, (o | c).values())]) for m, o, b, c in CASES]
-every_case = pytest.mark.parametrize(('method', 'options', 'backbone', 'changes'), CASES, ids=IDS)
 # Compiling a training step takes seconds: of clips, a few methods always, all with -m slow.
-QUICK_CLIPS = ('adapter', 'convpass', 'full', 'linear', 'lora', 'losa', 'st_adapter', 'vpt_deep')
-TRAINED = [
-  pytest.param(*case, marks=pytest.mark.slow)
-  if case[2] == VIDEO and case[0] not in QUICK_CLIPS
-  else case
-  for case in CASES
-]
-every_trained_case = pytest.mark.parametrize(
-  ('method', 'options', 'backbone', 'changes'), TRAINED, ids=IDS
-)
+QUICK = {
+  'clips': ['adapter', 'convpass', 'full', 'linear', 'lora', 'losa', 'st_adapter', 'vpt_deep'],
+  'factorised': ['losa', 'st_adapter', 'temporal'],
+}
+
+
+def slow(case, untrained=()):
+  """Whether only -m slow runs the case; of the kinds in `untrained` no step is compiled."""
+  kind = next((kind for kind in ('clips', 'factorised') if case[2:] == BACKBONES[kind]), None)
+  return kind is not None and kind not in untrained and case[0] not in QUICK[kind]
+
+
+def every(untrained=()):
+  """Parametrizes a test over all cases."""
+  marks = [pytest.mark.slow if slow(case, untrained) else () for case in CASES]
+  return pytest.mark.parametrize(
+    ('method', 'options', 'backbone', 'changes'),
+    [pytest.param(*case, marks=mark) for case, mark in zip(CASES, marks, strict=True)],
+    ids=['-'.join([m, b.split('/')[0], *map(str, (o | c).values())]) for m, o, b, c in CASES],
+  )
+
+
+every_case, every_trained_case = every(untrained=('clips',)), every()
 one_case_per_method = pytest.mark.parametrize('method', NAMES)
 
 
 def adapted(method, options=None, backbone='test/8', changes=None, **execution):
-  """The model; its layers are scanned if they can be, unless `execution` says otherwise."""
-  spec = presets.preset(backbone, **(changes or {}))
+  """The model; its layers are scanned if they can be, unless `execution` says otherwise.
+
+  Without `changes`, its backbone is of a kind that the method is for.
+  """
+  spec = presets.preset(backbone, **(kinds.changes(method) if changes is None else changes))
   built = methods.build(method, spec, OPTIONS.get(method) if options is None else options)
   return Adapted(spec, built, CLASSES, **{'scan': not built.unrolled, **execution})
-
-
-def inputs_of(model, make_batch, size, seed=0):
-  """A batch of random images or clips."""
-  batch = make_batch(size, seed=seed)
-  rng = np.random.default_rng(seed)
-  batch['inputs'] = rng.standard_normal(model.input_shape(size)).astype(np.float32)
-  return batch
 
 
 def variables(model, params):
@@ -119,36 +132,57 @@ def train(model, trainable, frozen, batches, tx, mesh=None):
 
 
 @pytest.fixture(scope='module')
-def trained(random_like, make_batch):
-  """`fn(method, options, changes)` -> (model, trainable, frozen before, state, frozen after)."""
-  done = {}
+def start(random_like):
+  """`fn(method, options, backbone, changes)` -> (model, trainable, frozen), made once."""
 
-  def run(method, options, backbone, changes):
-    key = json.dumps([method, options, backbone, changes])
-    if key not in done:
-      model = adapted(method, options, backbone, changes)
-      trainable = model.init_trainable(jax.random.key(0))
-      frozen = partition(model.param_shapes(), model.method)[1]
-      before = jax.tree.map(np.asarray, (trainable, random_like(frozen)))
-      batches = [inputs_of(model, make_batch, 4, seed=i) for i in range(3)]
-      tx = optax.adamw(1e-3, weight_decay=0.0)
-      frozen = jax.tree.map(jnp.asarray, before[1])
-      done[key] = (model, *before, *train(model, before[0], frozen, batches, tx))
-    return done[key]
+  @functools.cache
+  def make(key):
+    model = adapted(*json.loads(key))
+    trainable = model.init_trainable(jax.random.key(0))
+    frozen = partition(model.param_shapes(), model.method)[1]
+    return model, *jax.tree.map(np.asarray, (trainable, random_like(frozen)))
 
-  return run
+  return lambda *case: make(json.dumps(case))
+
+
+@pytest.fixture(scope='module')
+def trained(start, make_batch):
+  """`fn(method, options, backbone, changes)` -> (trainable, frozen before, state, frozen after)."""
+
+  @functools.cache
+  def run(key):
+    model, *before = start(*json.loads(key))
+    batches = [batch_of(model, make_batch, 4, seed=i) for i in range(3)]
+    tx = optax.adamw(1e-3, weight_decay=0.0)
+    frozen = jax.tree.map(jnp.asarray, before[1])
+    return (*before, *train(model, before[0], frozen, batches, tx))
+
+  return lambda *case: run(json.dumps(case))
+
+
+@pytest.mark.parametrize('kind', kinds.KINDS)
+@one_case_per_method
+def test_a_backbone_of_a_kind_that_the_method_is_not_for_is_refused(method, kind):
+  backbone, changes = BACKBONES[kind]
+  spec = presets.preset(backbone, **changes)
+  if kind in kinds.of(method):
+    methods.build(method, spec, OPTIONS.get(method))
+  else:
+    with pytest.raises(errors.UserError, match=r'for (images|clips)|factorised'):
+      methods.build(method, spec, OPTIONS.get(method))
 
 
 @every_case
 def test_features_equal_the_frozen_models_at_init(
-  method, options, backbone, changes, trained, make_batch
+  method, options, backbone, changes, start, make_batch
 ):
-  model, trainable, frozen, *_ = trained(method, options, backbone, changes)
+  model, trainable, frozen = start(method, options, backbone, changes)
   params = combine(trainable, frozen)
-  images = inputs_of(model, make_batch, 2)['inputs']
+  if model.scan:  # Scanned layers are compiled for each case, single operations once for all.
+    model, params = model.clone(scan=False), encoder.unstack_layers(params)
+  images = batch_of(model, make_batch, 2)['inputs']
   ours = model.apply(variables(model, params), images, method=model.features)
-  stored = of_plain_backbone(params)
-  plain = ViT(model.spec, {}, scan=model.scan).apply({'params': stored}, images)
+  plain = ViT(model.spec, {}).apply({'params': of_plain_backbone(params)}, images)
   # A compiler may order the sums of two programs differently; any weight that is not at its start
   # makes far more of a difference.
   same_shape = ours.shape == plain.shape
@@ -183,7 +217,8 @@ def test_frozen_paths_and_shapes_are_the_plain_backbones_minus_what_trains(
   ids=lambda r: '-'.join([r['backbone'], r['method'], *map(str, r['set'].values())]),
 )
 def test_number_of_trainable_parameters(row):
-  model = adapted(row['method'], row['set'], row['backbone'])
+  changes = row.get('backbone_options', {})
+  model = adapted(row['method'], row['set'], row['backbone'], changes)
   assert count_without_head(model) == row['trainable_params']
 
 
@@ -203,7 +238,7 @@ def test_every_method_has_a_known_parameter_count():
 
 @every_trained_case
 def test_every_trainable_leaf_moves_within_three_steps(method, options, backbone, changes, trained):
-  _, before, _, state, _ = trained(method, options, backbone, changes)
+  before, _, state, _ = trained(method, options, backbone, changes)
   before, after = trees.flatten(before), trees.flatten(state.trainable)
   assert set(before) == set(after)
   # A bias on all keys shifts each row of logits by a constant, which the softmax does not see.
@@ -217,7 +252,7 @@ def test_every_trainable_leaf_moves_within_three_steps(method, options, backbone
 def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(
   method, options, backbone, changes, trained
 ):
-  _, before, frozen_before, state, frozen = trained(method, options, backbone, changes)
+  before, frozen_before, state, frozen = trained(method, options, backbone, changes)
   assert trees.digest(frozen) == trees.digest(frozen_before)
   moments = [leaf.shape for leaf in jax.tree.leaves(state.opt_state) if leaf.ndim or leaf.size > 1]
   scalars = [leaf for leaf in jax.tree.leaves(before) if not leaf.ndim]
@@ -230,9 +265,9 @@ def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(
 
 @one_case_per_method
 def test_checkpoint_round_trip_holds_no_backbone(method, tmp_path, random_like, make_batch):
-  model = adapted(method, changes={'mlp': 4096})
+  model = adapted(method, changes={'mlp': 4096, **kinds.changes(method)})
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))
-  tx, images = optax.adamw(1e-3), make_batch(2)['inputs']
+  tx, images = optax.adamw(1e-3), batch_of(model, make_batch, 2)['inputs']
   more = model.init_model_state()
   state = TrainState.create(jax.tree.map(jnp.asarray, trainable), tx, jax.random.key(0), more)
   writer = Checkpoints(tmp_path, {'backbone': 'test/8', 'method': method})
@@ -260,7 +295,7 @@ def test_one_device_equals_two(method, random_like, make_batch):
   model = adapted(method, {'rank': 2} if method == 'losa' else None)
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))
   # SGD, because Adam turns the rounding of a gradient that should be 0 into a step of full size.
-  tx, batches = optax.sgd(1e-2), [make_batch(4, seed=i) for i in range(3)]
+  tx, batches = optax.sgd(1e-2), [batch_of(model, make_batch, 4, seed=i) for i in range(3)]
   # HST divides by the standard deviation of four images: that amplifies rounding.
   tolerance = 1e-4 if method == 'hst' else 1e-5
   states = []

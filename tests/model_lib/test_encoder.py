@@ -10,7 +10,7 @@ import pytest
 
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.activations import GELU
-from losa_scenic.model_lib import encoder, layers, presets, sites
+from losa_scenic.model_lib import attention, encoder, layers, presets, sites
 from losa_scenic.model_lib.vit import ViT
 
 
@@ -43,7 +43,7 @@ def manual(params, images, spec, site):
   def block_of(p):
     def attn(u):
       q, k, v = (at(name, dense(p[name]))(u) for name in ('query', 'key', 'value'))
-      attend = lambda qkv: layers.attention(*qkv, spec.heads)  # noqa: E731
+      attend = lambda qkv: attention.attention(*qkv, spec.heads)  # noqa: E731
       return at('out', dense(p['out']))(at('attend', attend)((q, k, v)))
 
     def mlp(u):
@@ -68,7 +68,7 @@ def manual(params, images, spec, site):
     probe = jnp.broadcast_to(head['probe'], (len(x), 1, spec.width))
     q = at('pool_query', dense(head['query']))(probe)
     k, v = (at(f'pool_{name}', dense(head[name]))(x) for name in ('key', 'value'))
-    z = at('pool_out', dense(head['out']))(layers.attention(q, k, v, spec.heads))
+    z = at('pool_out', dense(head['out']))(attention.attention(q, k, v, spec.heads))
     mlp = lambda u: dense(head['fc2'])(GELU['tanh'](dense(head['fc1'])(u)))  # noqa: E731
     return (z + at('pool_mlp', mlp)(norm(head['norm'])(z)))[:, 0]
 
@@ -77,6 +77,10 @@ def manual(params, images, spec, site):
   cls = jnp.broadcast_to(params['cls'], (len(x), 1, spec.width))
   x = jnp.concatenate([cls, x], axis=1) + params['pos_embedding']
   return at('pool', pool)(at('norm', norm(params['norm']))(at('encoder', run)(x)))
+
+
+# 'time' is of clips alone.
+HERE = [site for site in sites.MODEL_SITES + sites.LAYER_SITES if site != 'time']
 
 
 @pytest.fixture(scope='module')
@@ -108,7 +112,7 @@ def with_inserts(params, site, depth):
   return trees.unflatten(flat)
 
 
-@pytest.mark.parametrize('site', sites.MODEL_SITES + sites.LAYER_SITES)
+@pytest.mark.parametrize('site', HERE)
 def test_insert_at_each_site_equals_plain_code(site, spec, params, images):
   have = ViT(spec, {site: Scale}).apply({'params': with_inserts(params, site, 2)}, images)
   want = manual(params, images, spec, site)
@@ -116,7 +120,7 @@ def test_insert_at_each_site_equals_plain_code(site, spec, params, images):
   assert np.abs(want - manual(params, images, spec, None)).max() > 0.02, 'the site is reached'
 
 
-@pytest.mark.parametrize('site', sites.MODEL_SITES + sites.LAYER_SITES)
+@pytest.mark.parametrize('site', HERE)
 @pytest.mark.parametrize('scan', [False, True])
 def test_an_insert_leaves_all_frozen_paths_and_shapes_alone(site, scan, spec):
   images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)

@@ -16,7 +16,7 @@ from losa_scenic.model_lib.vit import ViT
 SPEC = BackboneSpec('tiny', width=16, depth=2, mlp=12, heads=2, patch=4, image_size=12)
 EVA, DINOV3 = {'rope': 'eva'}, {'rope': 'dinov3'}
 GAP = {'pool': 'gap'}
-SEEDS = range(8)
+SEEDS = range(20, 28)  # These have every value.
 
 # (fields, the fields they are compared with: that much must make a difference).
 CHANGES = [
@@ -68,6 +68,7 @@ CHANGES = [
   ({'registers': 2, **EVA}, {'registers': 2}),
   ({'class_token': False, **GAP, **DINOV3}, {'class_token': False, **GAP}),
   ({'relative_positions': True}, {}),
+  ({'factorised': True}, {'frames': 4}),
   (
     {'relative_positions': True, 'class_token': False, **GAP},
     {'class_token': False, **GAP},

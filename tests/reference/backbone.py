@@ -5,6 +5,7 @@ one pair of tokens at a time, and every head is computed by itself. As complex n
 rotations here, this one takes no complex step.
 """
 
+import dataclasses
 import math
 
 import numpy as np
@@ -152,6 +153,16 @@ class Backbone:
     return (z + self.linear('map_head/fc2', ACTIVATIONS[self.spec.activation](hidden)))[:, 0]
 
   def features(self, images):
+    """Of a factorised clip, the mean over time; each time is a clip of its own."""
+    if not self.spec.factorised:
+      return self.of_one(images)
+    whole, t = self.spec, self.spec.tubelet
+    self.spec = dataclasses.replace(whole, frames=t)
+    times = [self.of_one(images[:, i : i + t]) for i in range(0, whole.frames, t)]
+    self.spec = whole
+    return np.mean(times, axis=0)
+
+  def of_one(self, images):
     spec, x = self.spec, self.embedded(images)
     for i in range(spec.depth):
       block = f'encoder/layers_{i}/block'

@@ -1,6 +1,6 @@
 """The model of each method."""
 
-from reference import adapters, affine, hst, prompts, sides, toast
+from reference import adapters, affine, hst, prompts, sides, temporal, toast
 from reference.vit import ViT
 
 MODELS = {
@@ -28,6 +28,7 @@ MODELS = {
   'res_tuning_bypass': sides.ResTuningBypass,
   'ssf': affine.SSF,
   'st_adapter': adapters.STAdapter,
+  'temporal': temporal.Temporal,
   'toast': toast.TOAST,
   'toast_lite': toast.TOASTLite,
   'vera': affine.VeRA,

@@ -36,6 +36,9 @@ the tests compare with. Published weights themselves were not downloaded.
 The same model in the formats of big_vision (plain, `img/` submodel, scanned layers, bfloat16) and
 Scenic (msgpack) loads to the numbers of the npz row: `tests/weights_lib/test_jax_files.py`.
 
+Of clips, ViViT in the files of transformers is read (VivitModel, VivitForVideoClassification), with
+its config.json: `tests/weights_lib/test_clip_checkpoints.py`. VideoMAE is not.
+
 Written by `tests/weights_lib/make_table.py`; `tests/weights_lib/test_families.py` holds every row.
 
 | Family | Files | Models | Loads | Blocks | Pooled | Resized | LoSA trains |
