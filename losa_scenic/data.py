@@ -36,27 +36,31 @@ DATASET is a folder or file (what is there is found out), the name of a data set
   python -m losa_scenic.data check vtab --set task=dtd --set root=DIR
   python -m losa_scenic.data check configs/quickstart.py --config.dataset_name=sprites
 What exists as a path is taken as one, unless --set root=... says otherwise. With a config file the
-run's own set, options, augmentation and image size are taken.
+run's own set, options, augmentation, image size and number of frames are taken.
 
 names: {names}
 """
 _CHECK = """\
 Reads every image of every split once and says what is there: classes, sizes, formats, broken
-images, repeated ones within and between splits, and how long an epoch takes to read.
+images, repeated ones within and between splits, and how long an epoch takes to read. Of clips every
+frame is decoded, and durations and frame rates are told too.
 
 exit code: 0 fine; 1 trouble (broken images, the same image in two splits or with two labels,
-classes without training images, an empty split); 2 wrong usage, or a set that cannot be opened
+classes without training images, an empty split; of clips the same); 2 wrong usage, or a set that
+cannot be opened
 """
 _SHOW = """\
 Draws what the model is shown, augmentation and mixing included, as one PNG: the first training
 images of an epoch in their order, or validation or test images from all over the split. With
---epochs=N a row is one image in N epochs, so that what is random can be seen.
+--epochs=N a row is one image in N epochs, so that what is random can be seen. Of clips some frames
+are drawn, in the order of time.
 """
 _SECONDS_BETWEEN_LINES = 5.0
 # Flag -> the field that a config has for it.
 _NOT_WITH_CONFIG = {
   'set': 'dataset_configs.KEY',
   'image_size': 'backbone_configs.image_size',
+  'frames': 'backbone_configs.frames',
   'augment': 'augment.KEY',
   'seed': 'shuffle_seed',
 }
@@ -88,11 +92,13 @@ def _check(args: argparse.Namespace, wanted: Request) -> int:
     _check_folder(args.csv)  # Before anything is read: that takes a while.
   splits = wanted.splits()
   parts = (splits.train, splits.valid, splits.test)
-  with _Progress(sum(len(part) for part in parts if part is not None)) as progress:
+  total = sum(len(part) for part in parts if part is not None)
+  with _Progress(total, 'clips' if splits.clips else 'images') as progress:
     report = check.check(
       splits,
       wanted.title,
       wanted.view,
+      sampling=wanted.sampling,
       augment=wanted.augment,
       cache_bytes=wanted.cache_bytes,
       expected=EXPECTED.get(wanted.name),
@@ -116,8 +122,9 @@ def _show(args: argparse.Namespace, wanted: Request) -> int:
   _check_folder(args.output)
   if args.augment and args.split != 'train':
     raise errors.UserError(f'--augment is of training; {args.split} images are shown as they are.')
-  count = args.count if args.count is not None else 6 if args.epochs else 48
-  picture = show.sheet(wanted, split=args.split, count=count, epoch=args.epoch, epochs=args.epochs)
+  picture = show.sheet(
+    wanted, split=args.split, count=args.count, epoch=args.epoch, epochs=args.epochs
+  )
   _writing(lambda: Image.fromarray(picture).save(output), args.output)
   print(f'{output}: {picture.shape[1]} x {picture.shape[0]} pixels')
   return 0
@@ -159,6 +166,7 @@ def _of_config(args: argparse.Namespace, overrides: Sequence[str]) -> Request:
     augment=Augment(**config.augment),
     image_size=spec.image_size,
     interpolation=spec.interpolation,
+    frames=spec.frames,
     seed=config.shuffle_seed,
     batch_size=config.batch_size,
     workers=config.num_workers,
@@ -174,6 +182,7 @@ def _of_arguments(args: argparse.Namespace, overrides: Sequence[str]) -> Request
     config_lib.pairs('--set', args.set),
     config_lib.pairs('--augment', getattr(args, 'augment', [])),
     image_size=224 if args.image_size is None else args.image_size,
+    frames=args.frames,
     seed=getattr(args, 'seed', None) or 0,
   )
 
@@ -181,6 +190,7 @@ def _of_arguments(args: argparse.Namespace, overrides: Sequence[str]) -> Request
 def _in_our_words(message: str) -> str:
   """Options as they are written here, where a run would have them in its config."""
   message = re.sub(r'--config\.dataset_name=(\w+)', r'\1 --set root=PATH', message)
+  message = message.replace('--config.backbone_configs.frames', '--frames')
   return message.replace('--config.dataset_configs.', '--set ')
 
 
@@ -196,12 +206,12 @@ def _printable(wanted: str, plain: str) -> str:
 class _Progress:
   """A bar on a terminal; elsewhere a line now and then."""
 
-  def __init__(self, total: int) -> None:
-    self._total, self._done, self._began = total, 0, time.monotonic()
+  def __init__(self, total: int, noun: str) -> None:
+    self._total, self._done, self._began, self._noun = total, 0, time.monotonic(), noun
     self._last, self._lock = self._began, threading.Lock()
     self._bar = None
     if sys.stderr.isatty():
-      self._bar = tqdm.tqdm(total=total, unit=' images', dynamic_ncols=True, leave=False)
+      self._bar = tqdm.tqdm(total=total, unit=f' {noun}', dynamic_ncols=True, leave=False)
 
   def __enter__(self) -> '_Progress':
     return self
@@ -211,7 +221,7 @@ class _Progress:
       self._bar.close()
 
   def add(self, images: int) -> None:
-    """Some more images were read; called from several threads."""
+    """Some more images or clips were read; called from several threads."""
     with self._lock:
       self._done += images
       now = time.monotonic()
@@ -221,8 +231,9 @@ class _Progress:
         self._last = now
         speed = self._done / (now - self._began)
         left = datetime.timedelta(seconds=round((self._total - self._done) / speed))
+        rate = f'{speed:,.{int(speed < 10)}f} {self._noun}/s'
         print(
-          f'{self._done:,} of {self._total:,} images  {speed:,.0f} images/s  {left} left',
+          f'{self._done:,} of {self._total:,} {self._noun}  {rate}  {left} left',
           file=sys.stderr,
           flush=True,
         )
@@ -247,7 +258,7 @@ def _parser() -> argparse.ArgumentParser:
     f'augmentation: {", ".join(sorted(config_lib.options(Augment)))}'
   ))  # fmt: skip
   add('--split', default='train', choices=show.SPLITS, help='(default: %(default)s)')
-  add('--count', type=int, metavar='N', help='images (default: 48; 6 with --epochs)')
+  add('--count', type=int, metavar='N', help=('images (default: 48, of clips 12; 6 with --epochs)'))
   add('--epoch', type=int, default=0, metavar='N', help='of training (default: %(default)s)')
   add('--epochs', type=int, metavar='N', help=(
     'a row per image, a column per epoch; images are then mixed with a neighbouring row'
@@ -272,6 +283,9 @@ def _add_command(commands: Any, name: str, help: str, description: str) -> argpa
   ))  # fmt: skip
   add('--image-size', type=int, metavar='PIXELS', help=(
     'side of what the model is shown (default: 224, or what the config says)'
+  ))  # fmt: skip
+  add('--frames', type=int, metavar='N', help=(
+    f'frames of a clip (default: {request.FRAMES}, or what the config says)'
   ))  # fmt: skip
   return command
 

@@ -1,22 +1,23 @@
 """Augmentation on the host: what `config.augment` describes, on images uint8 [h, w, 3], red first.
 
-Order: random resized crop (the box here, the resizing by the loader), flip, colour jitter,
-RandAugment, random erasing, then mixup or cutmix of the batch. Everything is a pure function of a
-`np.random.Generator`, made from the seed, the epoch and the image's position, so a run that goes on
-after a stop, or that has another number of processes, repeats the same images.
+Order: random crop (the box here, the resizing by the reader), flip, colour jitter, RandAugment,
+random erasing, then mixup or cutmix of the batch; of a clip every frame gets the same. Everything
+is a pure function of a `np.random.Generator`, made from the seed, the epoch and the image's
+position, so a run that goes on after a stop, or that has another number of processes, repeats the
+same images.
 """
 
+import copy
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import cv2
 import numpy as np
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import randaugment
-from losa_scenic.dataset_lib.resize import INTERPOLATIONS, Box
+from losa_scenic.dataset_lib.resize import INTERPOLATIONS, Box, View
 
 _CROP_ASPECT = (3 / 4, 4 / 3)
 _ERASED_AREA = (0.02, 0.33)
@@ -31,7 +32,12 @@ class Augment:
 
   Attributes:
     min_crop_area: random resized crops have at least this share of the area, and width / height in
-      [3/4, 4/3]; 1 = no crops.
+      [3/4, 4/3]; 1 = no such crops.
+    square_crops: in their stead, squares anywhere in the image. Their side is what
+      `View.central_crop` says (else the shorter one), divided by a factor uniform in [min_scale,
+      max_scale]: the scale jitter of ViViT (0.9 to 1.33).
+    min_scale: see there; above 0.
+    max_scale: see there; at least `min_scale`.
     flip: whether images are mirrored left-right, half of the time.
     color_jitter: brightness, contrast and saturation, each by a factor in [1 - s, 1 + s], in random
       order; in [0, 1].
@@ -44,6 +50,9 @@ class Augment:
   """
 
   min_crop_area: float = 1.0
+  square_crops: bool = False
+  min_scale: float = 1.0
+  max_scale: float = 1.0
   flip: bool = False
   color_jitter: float = 0.0
   randaugment_ops: int = 0
@@ -57,6 +66,15 @@ class Augment:
     """Raises `errors.UserError` for values out of range, naming 'augment.' and the field."""
     if not 0 < self.min_crop_area <= 1:
       raise errors.UserError(f'augment.min_crop_area must be in (0, 1]: {self.min_crop_area}.')
+    if self.square_crops and self.min_crop_area < 1:
+      raise errors.UserError('Choose one: augment.square_crops or augment.min_crop_area.')
+    if not 0 < self.min_scale <= self.max_scale < math.inf:
+      raise errors.UserError(
+        'augment.min_scale must be above 0 and at most augment.max_scale: '
+        f'{self.min_scale}, {self.max_scale}.'
+      )
+    if not self.square_crops and (self.min_scale, self.max_scale) != (1, 1):
+      raise errors.UserError('augment.min_scale and max_scale need augment.square_crops.')
     for field, most in (
       ('color_jitter', 1),
       ('randaugment_magnitude', 10),
@@ -75,7 +93,15 @@ class Augment:
   @property
   def crops(self) -> bool:
     """Whether images are cropped."""
-    return self.min_crop_area < 1
+    return self.min_crop_area < 1 or self.square_crops
+
+  @property
+  def crop_settings(self) -> dict[str, Any] | None:
+    """How crops are drawn; None without."""
+    if not self.crops:
+      return None
+    names = ('min_scale', 'max_scale') if self.square_crops else ('min_crop_area',)
+    return {name: getattr(self, name) for name in (*names, 'interpolation')}
 
   @property
   def mixes(self) -> bool:
@@ -85,23 +111,13 @@ class Augment:
   @property
   def active(self) -> bool:
     """Whether anything is done."""
-    alone = self.flip or self.color_jitter > 0 or self.randaugment_ops > 0
-    return self.crops or alone or self.erasing_probability > 0 or self.mixes
+    return self.crops or self.alone or self.mixes
 
-
-class Mixed(NamedTuple):
-  """A mixed batch: the target is `share` of the image's own label, the rest of its partner's.
-
-  Attributes:
-    images: uint8 [b, h, w, 3].
-    partner_labels: int32 [b].
-    share: of the image itself, float32 [b], from about 0.5 (boxes are whole pixels) to 1; 1 where
-      nothing was mixed.
-  """
-
-  images: np.ndarray
-  partner_labels: np.ndarray
-  share: np.ndarray
+  @property
+  def alone(self) -> bool:
+    """Whether `apply` does anything."""
+    drawn = self.flip or self.color_jitter > 0 or self.randaugment_ops > 0
+    return drawn or self.erasing_probability > 0
 
 
 def generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.Generator:
@@ -120,6 +136,27 @@ def generator(seed: int, epoch: int, index: int, stream: int = 0) -> np.random.G
   key = int(seed) % 2**64 + (int(epoch) << 64)
   counter = (int(index) << 192) + (int(stream) << 128)
   return np.random.Generator(np.random.Philox(key=key, counter=counter))
+
+
+def crop_box(
+  augment: Augment, view: View, rng: np.random.Generator, height: int, width: int
+) -> Box:
+  """The box of the random crop that is on.
+
+  Args:
+    augment: says which, and how large.
+    view: what is shown without a crop.
+    rng: decides.
+    height: of the image, in pixels, at least 1.
+    width: the same.
+  """
+  if not augment.square_crops:
+    return random_crop(rng, height, width, augment.min_crop_area)
+  shorter = min(height, width)
+  scale = rng.uniform(augment.min_scale, augment.max_scale)
+  side = min(shorter, max(1, round((view.central_crop or 1.0) * shorter / scale)))
+  top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))
+  return Box(top, left, side, side)
 
 
 def random_crop(rng: np.random.Generator, height: int, width: int, min_area: float) -> Box:
@@ -167,6 +204,27 @@ def apply(augment: Augment, rng: np.random.Generator, image: np.ndarray) -> np.n
   return image
 
 
+def apply_to_clip(augment: Augment, rng: np.random.Generator, frames: np.ndarray) -> np.ndarray:
+  """`apply` with the same random numbers for every frame.
+
+  Args:
+    augment: says what is on.
+    rng: decides; afterwards in the state that one frame leaves.
+    frames: uint8 [t, h, w, 3]; not modified.
+
+  Returns:
+    uint8 [t, h, w, 3].
+  """
+  if not augment.alone:
+    return frames
+  state = copy.deepcopy(rng.bit_generator.state)
+  shown = np.empty_like(frames)
+  for i, frame in enumerate(frames):
+    rng.bit_generator.state = state
+    shown[i] = apply(augment, rng, frame)
+  return shown
+
+
 def color_jitter(rng: np.random.Generator, image: np.ndarray, strength: float) -> np.ndarray:
   """Brightness, contrast and saturation by random factors, in random order, as by torchvision.
 
@@ -196,69 +254,6 @@ def erase(rng: np.random.Generator, image: np.ndarray) -> np.ndarray:
   noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
   erased[top : top + height, left : left + width] = noise
   return erased
-
-
-def mix(
-  augment: Augment,
-  rngs: Sequence[np.random.Generator],
-  images: np.ndarray,
-  labels: np.ndarray,
-) -> Mixed:
-  """Mixup (Zhang et al. 2018) or cutmix (Yun et al. 2019) of neighbours in a batch.
-
-  Image 2i is mixed with image 2i + 1, and that one with it, each by a draw of its own. So nothing
-  depends on the size of the batch: parts of even size, as several hosts or processes make them,
-  give the images that the whole batch gives. An odd last image stays as it is. Of the two shares
-  that are drawn an image gets the larger: its partner is in the batch too, and else both might show
-  nearly the same.
-
-  Args:
-    augment: says which; with both on, each image draws one of them.
-    rngs: one generator for each image. Images beyond them (empty slots) stay as they are.
-    images: uint8 [b, h, w, 3]; not modified.
-    labels: class ids, integers [b].
-
-  Returns:
-    The mixed images, and by what their labels are to be mixed.
-
-  Raises:
-    ValueError: for more generators than images.
-  """
-  if len(rngs) > len(images):
-    raise ValueError(f'{len(rngs)} generators for {len(images)} images.')
-  partners, paired = np.arange(len(images)), len(rngs) - len(rngs) % 2
-  partners[:paired] ^= 1
-  mixed, share = images.copy(), np.ones(len(images), np.float32)
-  if augment.mixes:
-    for i in range(paired):
-      mixed[i], share[i] = _mix_two(augment, rngs[i], images[i], images[partners[i]])
-  return Mixed(mixed, np.asarray(labels)[partners].astype(np.int32), share)
-
-
-def _mix_two(
-  augment: Augment, rng: np.random.Generator, image: np.ndarray, other: np.ndarray
-) -> tuple[np.ndarray, float]:
-  """An image mixed with another, and its own share in it."""
-  is_mixup = augment.mixup_alpha > 0
-  if is_mixup and augment.cutmix_alpha > 0:
-    is_mixup = rng.random() < 0.5
-  alpha = augment.mixup_alpha if is_mixup else augment.cutmix_alpha
-  share = rng.beta(alpha, alpha)
-  share = max(share, 1 - share)
-  if is_mixup:
-    return cv2.addWeighted(image, share, other, 1 - share, 0), share
-  side = math.sqrt(1 - share)
-  rows, columns = (_span(rng, size, side * size) for size in image.shape[:2])
-  pasted = image.copy()
-  pasted[rows, columns] = other[rows, columns]
-  area = (rows.stop - rows.start) * (columns.stop - columns.start)
-  return pasted, 1 - area / (image.shape[0] * image.shape[1])
-
-
-def _span(rng: np.random.Generator, size: int, length: float) -> slice:
-  """Pixels about a centre that is uniform in [0, size), cut to the image."""
-  centre = rng.random() * size
-  return slice(max(0, round(centre - length / 2)), min(size, round(centre + length / 2)))
 
 
 def _random_box(

@@ -15,8 +15,9 @@ from losa_scenic.dataset_lib.pipeline import Pipeline
 
 # Two threads keep one batch in the making while another is handed over; each decodes its images in
 # a pool of threads, see `loader`.
-_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
-_PER_WORKER_BUFFER = 2  # batches
+_THREADS, _BUFFER, _PER_WORKER_BUFFER = 2, 4, 2
+# Batches of clips are large: those that wait take no more than this, but for one of each maker.
+_WAITING_BYTES = 10**9
 
 
 class Batches:
@@ -28,9 +29,12 @@ class Batches:
     workers: number of processes that `iterate` loads with; 0 for threads.
   """
 
-  def __init__(self, pipeline: grain.MapDataset, bad_files: BadFiles, workers: int = 0) -> None:
-    """Keeps them."""
+  def __init__(
+    self, pipeline: grain.MapDataset, bad_files: BadFiles, workers: int = 0, batch_bytes: int = 1
+  ) -> None:
+    """Keeps them; `batch_bytes` is the size of a batch of this host."""
     self.pipeline, self.bad_files, self.workers = pipeline, bad_files, workers
+    self._many = _WAITING_BYTES // batch_bytes
 
   def __len__(self) -> int:
     """Number of batches; of training, practically without end."""
@@ -46,11 +50,13 @@ class Batches:
     if self.workers:
       if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # Grain's processes read flags of its own; ours are apart.
-      batches = part.to_iter_dataset(grain.ReadOptions(1, _PER_WORKER_BUFFER)).mp_prefetch(
-        grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=_PER_WORKER_BUFFER)
+      buffer = max(1, min(_PER_WORKER_BUFFER, self._many // self.workers))
+      batches = part.to_iter_dataset(grain.ReadOptions(1, buffer)).mp_prefetch(
+        grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=buffer)
       )
     else:
-      batches = part.to_iter_dataset(_READ_OPTIONS)
+      buffer = max(1, min(_BUFFER, self._many))
+      batches = part.to_iter_dataset(grain.ReadOptions(min(_THREADS, buffer), buffer))
     iterator = iter(batches)
     try:
       for batch in iterator:
@@ -69,13 +75,21 @@ def _loader(source: sources.Source, pipeline: Pipeline, split: str, workers: int
   return Loader(
     source,
     pipeline.view,
+    sampling=pipeline.sampling,
     augment=pipeline.augment if split == 'train' else None,
     seed=pipeline.shuffle_seed,
     split=split,
     max_bad_fraction=pipeline.max_bad_fraction,
-    # Every process would keep images of its own.
-    cache_bytes=0 if workers else int(pipeline.cache_gigabytes * 1e9),
+    cache_bytes=_cache_bytes(pipeline, split, workers),
   )
+
+
+def _cache_bytes(pipeline: Pipeline, split: str, workers: int) -> int:
+  if workers:
+    return 0  # Every process would keep images of its own.
+  if pipeline.sampling is not None and split == 'test':
+    return 0  # Whole clips would be decoded, and of most runs they are shown once.
+  return int(pipeline.cache_gigabytes * 1e9)
 
 
 def train_pipeline(source: sources.Source, pipeline: Pipeline) -> grain.MapDataset:

@@ -56,7 +56,7 @@ class Part:
   Attributes:
     images: number of them, readable or not.
     broken: number that cannot be read.
-    bytes: of the readable images as they are stored.
+    bytes: of the readable images as they are stored; of parts of a video file, the whole file.
     duplicates: number of images that repeat an earlier one of this split.
     class_counts: number of readable images of each class.
   """
@@ -66,6 +66,29 @@ class Part:
   bytes: int
   duplicates: int
   class_counts: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Clips:
+  """How long the readable clips of all splits are.
+
+  Attributes:
+    frames: smallest, median and largest number of frames (of a part of a file, those of the part);
+      empty if no clip can be read.
+    seconds: the same of the durations; empty if no clip has a frame rate.
+    frame_rates: frames per second, with up to two decimals ('29.97') -> number of clips, most
+      frequent first.
+    varying: number of clips whose frames stay on screen for different times.
+    sampling: the fields of `clip_reader.Sampling` that a run would use; None if they are not known.
+    short: number of clips that are shorter than a window of it; None if that is not known.
+  """
+
+  frames: tuple[int, ...]
+  seconds: tuple[float, ...]
+  frame_rates: Mapping[str, int]
+  varying: int
+  sampling: Mapping[str, Any] | None
+  short: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +121,7 @@ class Reading:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-  """What is in a data set.
+  """What is in a data set; of a set of clips, each 'image' is a clip.
 
   Attributes:
     name: of the set.
@@ -107,8 +130,10 @@ class Report:
     image_size: side of what the model is shown, in pixels.
     parts: the splits by name, in the order train, valid, test.
     kinds: number of images of each format and mode ('JPEG RGB'), most frequent first; images that
-      are stored as pixels are 'pixels RGB'.
-    rotated: number of images that their EXIF orientation turns or mirrors.
+      are stored as pixels are 'pixels RGB', video files 'mp4 h264' by their extension and codec,
+      and clips of encoded frames 'frames JPEG RGB'.
+    rotated: number of images that their EXIF orientation turns or mirrors, or of clips that are
+      turned for display.
     sizes: (width, height) of the images with the smallest, median and largest short side; empty if
       no image can be read.
     distinct_sizes: number of different sizes.
@@ -119,8 +144,10 @@ class Report:
     leaks: (split, later split) -> number of images of the later one that are in the first too.
     conflicts: number of images that have another label than the first of the same content.
     repeats: images that were there before, by name; of many only some, see `check`.
-    reading: how long it takes; None if no training image can be read.
+    reading: how long it takes; None if no training image can be read, or if it is not known which
+      frames of clips to read.
     expected: what is no trouble in this set, and why; see `EXPECTED`.
+    clips: lengths and rates; None for a set of images.
   """
 
   name: str
@@ -141,6 +168,12 @@ class Report:
   repeats: tuple[Repeat, ...]
   reading: Reading | None
   expected: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  clips: Clips | None = None
+
+  @property
+  def noun(self) -> str:
+    """'image' or 'clip': what this is a set of."""
+    return 'image' if self.clips is None else 'clip'
 
   @property
   def images(self) -> int:
@@ -170,12 +203,12 @@ class Report:
     texts = [('broken', len(self.broken), '{} cannot be read')]
     texts += [('leaks', n, f'{{}} of {b} also in {a}') for (a, b), n in self.leaks.items()]
     texts += [('conflicts', self.conflicts, '{} repeated with another label')]
-    found = [(what, text.format(plural(count, 'image'))) for what, count, text in texts if count]
+    found = [(what, text.format(plural(count, self.noun))) for what, count, text in texts if count]
     if self.empty_classes:
       number = plural(len(self.empty_classes), 'class', 'classes')
-      found.append(('empty_classes', f'{number} without a training image'))
+      found.append(('empty_classes', f'{number} without a training {self.noun}'))
     return found + [
-      ('parts', f'no {name} images') for name, part in self.parts.items() if not part.images
+      ('parts', f'no {name} {self.noun}s') for name, part in self.parts.items() if not part.images
     ]
 
   def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report of a check as text for a terminal, and its list of images as CSV."""
+"""The report of a check as text for a terminal, and its list of images or clips as CSV."""
 
 import csv
 import os
@@ -27,6 +27,7 @@ def text(report: Report, bar: str = '#') -> str:
     _splits(report),
     _classes(report, bar),
     _shapes(report, bar),
+    _clips(report, bar),
     _broken(report),
     _repeats(report),
     _reading(report),
@@ -39,7 +40,7 @@ def _verdict(report: Report) -> str:
   """One line: 'fine: ...' or 'trouble: ...'."""
   if report.troubles:
     return f'trouble: {"; ".join(report.troubles)}'
-  return f'fine: {plural(report.images, "image")}, nothing to mend'
+  return f'fine: {plural(report.images, report.noun)}, nothing to mend'
 
 
 def write_csv(report: Report, path: str | os.PathLike[str]) -> int:
@@ -56,7 +57,7 @@ def write_csv(report: Report, path: str | os.PathLike[str]) -> int:
   rows = [('broken', *problem) for problem in report.broken]
   for repeat in report.repeats:
     again, first = repeat.again, repeat.first
-    reason = f'same content as {first.split} image {first.id} of class {first.label}'
+    reason = f'same content as {first.split} {report.noun} {first.id} of class {first.label}'
     rows.append(('+'.join(repeat.kinds), again.split, again.index, again.id, reason))
   # Names of files need not be UTF-8: they are written as the bytes that they are.
   with pathlib.Path(path).open('w', newline='', encoding='utf-8', errors='surrogateescape') as file:
@@ -67,7 +68,7 @@ def write_csv(report: Report, path: str | os.PathLike[str]) -> int:
 
 
 def _splits(report: Report) -> Iterator[str]:
-  rows = [['', 'images', 'broken', 'duplicates', 'size']]
+  rows = [['', f'{report.noun}s', 'broken', 'duplicates', 'size']]
   columns = [
     [part.images, part.broken, part.duplicates, part.bytes] for part in report.parts.values()
   ]
@@ -84,7 +85,7 @@ def _classes(report: Report, bar: str) -> Iterator[str]:
   counts = np.array(report.parts['train'].class_counts)
   names = report.class_names
   order = np.argsort(-counts, kind='stable')
-  yield f'{plural(len(names), "class", "classes")}, training images of each'
+  yield f'{plural(len(names), "class", "classes")}, training {report.noun}s of each'
   if len(names) <= _CLASSES:
     yield from _bars({names[i]: int(counts[i]) for i in order}, bar)
   else:
@@ -95,7 +96,7 @@ def _classes(report: Report, bar: str) -> Iterator[str]:
   if len(counts) and 0 < counts.min() < counts.max():
     yield f'  largest / smallest class: {counts.max() / counts.min():.3g}'
   if report.empty_classes:
-    yield f'  without a training image: {_some(report.empty_classes)}'
+    yield f'  without a training {report.noun}: {_some(report.empty_classes)}'
 
 
 def _shapes(report: Report, bar: str) -> Iterator[str]:
@@ -103,9 +104,11 @@ def _shapes(report: Report, bar: str) -> Iterator[str]:
     return
   smallest, median, largest = (f'{width} x {height}' for width, height in report.sizes)
   if report.distinct_sizes == 1:
-    yield f'all images are {smallest} pixels (width x height)'
+    yield f'all {report.noun}s are {smallest} pixels (width x height)'
   else:
-    yield f'short side, pixels (smallest image {smallest}, median {median}, largest {largest})'
+    yield (
+      f'short side, pixels (smallest {report.noun} {smallest}, median {median}, largest {largest})'
+    )
     yield from _bars(_buckets(report.short_sides, SHORT_SIDES, _pixels), bar)
     yield ''
     yield 'width / height'
@@ -117,7 +120,36 @@ def _shapes(report: Report, bar: str) -> Iterator[str]:
   yield 'formats'
   yield from _bars(report.kinds, bar)
   if report.rotated:
-    yield f'  {plural(report.rotated, "image")} turned or mirrored by the EXIF orientation'
+    how = 'turned or mirrored by the EXIF orientation' if report.clips is None else 'turned upright'
+    yield f'  {plural(report.rotated, report.noun)} {how}'
+
+
+def _clips(report: Report, bar: str) -> Iterator[str]:
+  clips = report.clips
+  if clips is None or not clips.frames:
+    return
+  shortest, median, longest = (f'{number:,}' for number in clips.frames)
+  if shortest == longest:
+    yield f'all clips have {shortest} frames'
+  else:
+    yield f'length: {shortest} to {longest} frames, median {median}'
+  if clips.seconds:
+    shortest, median, longest = (f'{number:.3g}' for number in clips.seconds)
+    yield f'  {shortest} to {longest} s, median {median} s'
+  if clips.sampling is not None and clips.short:
+    what = {'loop': 'begin again', 'pad': 'stand still at their last frame'}
+    yield (
+      f'  {plural(clips.short, "clip")} shorter than the window of {clips.sampling["num_frames"]} '
+      f'frames: they {what[clips.sampling["short_clips"]]}'
+    )
+  if clips.frame_rates:
+    yield ''
+    yield 'frames per second'
+    rates = list(clips.frame_rates.items())
+    others = sum(count for _, count in rates[_SHOWN:])
+    yield from _bars(dict([*rates[:_SHOWN], *([('others', others)] if others else [])]), bar)
+  if clips.varying:
+    yield f'  {plural(clips.varying, "clip")} of varying rate, read by time'
 
 
 def _pixels(low: float | None, high: float | None) -> str:
@@ -155,9 +187,9 @@ def _bars(counts: Mapping[str, int], bar: str) -> Iterator[str]:
 
 def _broken(report: Report) -> Iterator[str]:
   if not report.broken:
-    yield 'every image can be read'
+    yield f'every {report.noun} can be read'
     return
-  yield f'{plural(len(report.broken), "image")} cannot be read'
+  yield f'{plural(len(report.broken), report.noun)} cannot be read'
   for problem in report.broken[:_SHOWN]:
     yield f'  {problem.split:<5}  {problem.id}: {problem.reason}'
   yield from _more(len(report.broken))
@@ -166,22 +198,22 @@ def _broken(report: Report) -> Iterator[str]:
 def _repeats(report: Report) -> Iterator[str]:
   duplicates = {name: part.duplicates for name, part in report.parts.items() if part.duplicates}
   if not (duplicates or report.leaks or report.conflicts):
-    yield 'no two images have the same content'
+    yield f'no two {report.noun}s have the same content'
     return
   shown = {'labels': [], 'leak': [], 'duplicate': []}
   for repeat in report.repeats:
     shown[repeat.kinds[0]].append(repeat)
   if report.conflicts:
-    yield f'{plural(report.conflicts, "image")} repeated with another label'
+    yield f'{plural(report.conflicts, report.noun)} repeated with another label'
     yield from _pairs(shown['labels'], labels=True)
   if report.leaks:
     counts = ', '.join(f'{count:,} of {b} in {a}' for (a, b), count in report.leaks.items())
-    yield f'the same image in two splits: {counts}'
+    yield f'the same {report.noun} in two splits: {counts}'
     # Those with another label are named above.
     yield from _pairs(shown['leak'])
   if duplicates:
     counts = ', '.join(f'{count:,} in {name}' for name, count in duplicates.items())
-    yield f'images that repeat one of their own split: {counts}'
+    yield f'{report.noun}s that repeat one of their own split: {counts}'
     yield from _pairs(shown['duplicate'])
 
 
@@ -207,18 +239,18 @@ def _reading(report: Report) -> Iterator[str]:
   reading = report.reading
   if reading is None:
     return
-  size = report.image_size
+  noun = report.noun
   cores = plural(reading.cores, 'core')
   yield 'reading'
   yield (
-    f'  this check  {report.images / max(reading.check_seconds, 1e-9):>7,.0f} images/s in '
-    f'{plural(reading.jobs, "thread")}: all images in {_seconds(reading.check_seconds)}'
+    f'  this check  {report.images / max(reading.check_seconds, 1e-9):>7,.0f} {noun}s/s in '
+    f'{plural(reading.jobs, "thread")}: all {noun}s in {_seconds(reading.check_seconds)}'
   )
   yield (
-    f'  training    {reading.images_per_second:>7,.0f} images/s at {size} x {size} on {cores}: '
+    f'  training    {reading.images_per_second:>7,.0f} {noun}s/s at {_input(report)} on {cores}: '
     f'an epoch in {_seconds(reading.epoch_seconds)}'
   )
-  yield f'              (batches of {plural(reading.sample, "image")} that had been read before)'
+  yield f'              (batches of {plural(reading.sample, noun)} that had been read before)'
   decoded, room = _size(reading.decoded_bytes), _size(reading.cache_bytes)
   if reading.decoded_anew:
     large = plural(reading.decoded_anew, 'large image')
@@ -230,10 +262,18 @@ def _reading(report: Report) -> Iterator[str]:
   elif reading.decoded_bytes <= reading.cache_bytes:
     yield f'  decoded     {decoded}, which fits the cache of {room}: decoded only once'
   else:
+    what = 'decoded' if report.clips is None else 'what does not fit is decoded'
     yield (
-      f'  decoded     {decoded}, more than the cache of {room}: decoded anew in each epoch '
+      f'  decoded     {decoded}, more than the cache of {room}: {what} anew in each epoch '
       '(option cache_gigabytes)'
     )
+
+
+def _input(report: Report) -> str:
+  """What the model is shown: '224 x 224', '16 x 224 x 224'."""
+  clip = report.clips.sampling if report.clips else None
+  sides = (*((clip['num_frames'],) if clip else ()), report.image_size, report.image_size)
+  return ' x '.join(map(str, sides))
 
 
 def _some(names: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Many images with captions in one picture."""
+"""Many images or clips with captions in one picture."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ GREY: Colour = (60, 60, 60)
 _LINE = 13  # pixels from one line of a caption to the next
 _FONT_SIZE, _TITLE_SIZE = 11, 13
 _HEADER = 20
+_WIDTHS_A_GAP = 75
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Cell:
   """One image of a sheet.
 
   Attributes:
-    pixels: uint8, or float in [-1, 1], [h, w, 3]; None leaves the place empty.
+    pixels: uint8, or float in [-1, 1], [h, w, 3]: an image, or the `strip` of a clip; None leaves
+      the place empty.
     caption: up to two lines below it, each cut where it does not fit.
     colours: of these lines.
     frame: its colour; None for no frame.
@@ -43,9 +45,10 @@ def draw(
   """Draws the cells in rows from left to right.
 
   Args:
-    cells: at least one.
+    cells: at least one, all pictures of the same shape.
     columns: images in a row.
-    cell: side of an image with its margin, in pixels; images of another size are resized.
+    cell: height of an image with its margin, in pixels; images of another size are resized. The
+      width is that of a square, or in proportion if they are wider than high.
     margin: white pixels around each image.
     title: one line above all.
     headers: a word above each column.
@@ -53,35 +56,61 @@ def draw(
   Returns:
     uint8 [height, width, 3]: the rows, with room for what stands above and below.
   """
-  width, height = _size(len(cells), columns=columns, cell=cell, title=title, headers=headers)
+  side = cell - 2 * margin
+  wide = max([side] + [_width(one.pixels, side) for one in cells if one.pixels is not None])
+  across = wide + 2 * margin
+  width, height = columns * across, _height(len(cells), columns, cell, title, headers)
   canvas = Image.new('RGB', (width, height), 'white')
   pen = ImageDraw.Draw(canvas)
-  top, side = 0, cell - 2 * margin
+  top = 0
   if title:
     pen.font = ImageFont.load_default(_TITLE_SIZE)
     pen.text((4, 3), _fitting(pen, title, width - 8), fill=GREY)
     top += _HEADER
   pen.font = ImageFont.load_default(_FONT_SIZE)
   for column, word in enumerate(headers):
-    pen.text((column * cell + 4, top + 4), _fitting(pen, word, cell - 8), fill=GREY)
+    pen.text((column * across + 4, top + 4), _fitting(pen, word, across - 8), fill=GREY)
   top += _HEADER if headers else 0
   for i, one in enumerate(cells):
-    x, y = i % columns * cell, top + i // columns * (cell + caption_height())
+    x, y = i % columns * across, top + i // columns * (cell + caption_height())
     if one.pixels is not None:
-      canvas.paste(_sized(one.pixels, side), (x + margin, y + margin))
+      canvas.paste(_sized(one.pixels, (wide, side)), (x + margin, y + margin))
     if one.frame is not None:
-      pen.rectangle((x, y, x + cell - 1, y + cell - 1), outline=one.frame, width=margin)
+      pen.rectangle((x, y, x + across - 1, y + cell - 1), outline=one.frame, width=margin)
     for number, (line, colour) in enumerate(zip(one.caption, one.colours, strict=False)):
-      pen.text((x + 4, y + cell + number * _LINE), _fitting(pen, line, cell - 8), fill=colour)
+      pen.text((x + 4, y + cell + number * _LINE), _fitting(pen, line, across - 8), fill=colour)
   return np.asarray(canvas)
 
 
-def _size(
-  count: int, *, columns: int, cell: int, title: str = '', headers: Sequence[str] = ()
-) -> tuple[int, int]:
-  """(width, height) of what `draw` draws, in pixels."""
+def _width(pixels: np.ndarray, height: int) -> int:
+  """How wide an image is shown at this height; at least square."""
+  return max(height, round(height * pixels.shape[1] / pixels.shape[0]))
+
+
+def _height(count: int, columns: int, cell: int, title: str, headers: Sequence[str]) -> int:
+  """Of what `draw` draws, in pixels."""
   above = _HEADER * (bool(title) + bool(headers))
-  return columns * cell, above + -(-count // columns) * (cell + caption_height())
+  return above + -(-count // columns) * (cell + caption_height())
+
+
+def strip(frames: np.ndarray, count: int = 4) -> np.ndarray:
+  """A few frames of a clip side by side, from its first to its last, as the picture of a `Cell`.
+
+  Args:
+    frames: uint8, or float in [-1, 1], [t, h, w, 3].
+    count: at most so many, at equal distances; at least 1.
+
+  Returns:
+    [h, n w + (n - 1) g, 3] of the same dtype, in the order of time, with white gaps of g pixels; n
+    is the smaller of t and `count`.
+  """
+  count = min(count, len(frames))
+  chosen = [round(i * (len(frames) - 1) / max(1, count - 1)) for i in range(count)]
+  height, width = frames.shape[1:3]
+  white = 255 if frames.dtype == np.uint8 else 1
+  gap = np.full((height, max(1, width // _WIDTHS_A_GAP), 3), white, frames.dtype)
+  parts = [part for i in chosen for part in (gap, frames[i])]
+  return np.concatenate(parts[1:], axis=1)
 
 
 def caption_height() -> int:
@@ -126,11 +155,11 @@ def _fitting(pen: ImageDraw.ImageDraw, text: str, width: int) -> str:
   return f'{text}...'
 
 
-def _sized(pixels: np.ndarray, side: int) -> Image.Image:
+def _sized(pixels: np.ndarray, size: tuple[int, int]) -> Image.Image:
   if pixels.dtype != np.uint8:
     pixels = np.clip((pixels + 1) * 127.5, 0, 255).astype(np.uint8)
   image = Image.fromarray(pixels)
-  if image.size == (side, side):
+  if image.size == size:
     return image
-  whole = not side % image.width and not side % image.height
-  return image.resize((side, side), Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)
+  whole = not size[0] % image.width and not size[1] % image.height
+  return image.resize(size, Image.Resampling.NEAREST if whole else Image.Resampling.BICUBIC)

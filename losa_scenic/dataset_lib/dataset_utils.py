@@ -13,9 +13,10 @@ from typing import Any
 import jax.numpy as jnp
 
 from losa_scenic.common_lib import errors, types
-from losa_scenic.dataset_lib import batches, sources
+from losa_scenic.dataset_lib import batches, clip_reader, sources
 from losa_scenic.dataset_lib.bad_files import BadFiles
 from losa_scenic.dataset_lib.batches import Batches
+from losa_scenic.dataset_lib.clip_reader import Sampling
 from losa_scenic.dataset_lib.fingerprint import fingerprint
 from losa_scenic.dataset_lib.pipeline import Pipeline
 
@@ -59,7 +60,8 @@ def make_dataset(splits: sources.Splits, pipeline: Pipeline, name: str = '') -> 
   """Builds the batches of a data set.
 
   Every batch is {'inputs': [b, s, s, 3], 'label': int32 [b], 'batch_mask': float32 [b], 'index':
-  int32 [b]} and more where images are mixed, see `Loader.batch`. Training runs through one fresh
+  int32 [b]} and more where images are mixed, see `Loader.batch`; inputs of clips are [b, t, s, s,
+  3], and [b, v, t, s, s, 3] in testing with several views. Training runs through one fresh
   permutation of the images per epoch; batches cross epoch borders, so none is dropped and a batch
   may be larger than the set. Evaluation batches are filled up with zeros at `batch_mask` 0.
 
@@ -69,26 +71,33 @@ def make_dataset(splits: sources.Splits, pipeline: Pipeline, name: str = '') -> 
     name: name of the set.
 
   Returns:
-    The data set. `meta_data` has num_classes, input_shape (-1, s, s, 3), input_dtype,
+    The data set. `meta_data` has num_classes, input_shape (-1, [t,] s, s, 3), input_dtype,
     num_train_examples, num_eval_examples (validation; 0 without), num_test_examples,
     target_is_onehot (False), class_names, metric, name, interpolation, central_crop, about,
-    train_crops (None, or area and interpolation of random crops) and fingerprints (part -> hash of
-    what it holds).
+    train_crops (None, or how random crops are drawn), clips (None, or the fields of `Sampling`) and
+    fingerprints (part -> hash of what it holds).
 
   Raises:
-    errors.UserError: for an empty training or test split.
+    errors.UserError: for an empty training or test split, for images where the pipeline is for
+      clips, or the reverse, or for settings that the images or clips do not allow.
   """
+  _check(splits, pipeline, f"Dataset '{name}'")
   for part, source in (('train', splits.train), ('test', splits.test)):
     if not len(source):
       raise errors.UserError(f"Dataset '{name}': the {part} split is empty.")
   parts = {'train': splits.train, 'valid': splits.valid or (), 'test': splits.test}
   counts = {part: len(source) for part, source in parts.items()}
   bad_files = BadFiles(counts, pipeline.max_bad_fraction)
-  train_ds = Batches(batches.train_pipeline(splits.train, pipeline), bad_files, pipeline.workers)
+  size = {part: pipeline.batch_bytes(part) for part in parts}
+  train_ds = Batches(
+    batches.train_pipeline(splits.train, pipeline), bad_files, pipeline.workers, size['train']
+  )
   valid_ds = None
   if splits.valid is not None and len(splits.valid):
-    valid_ds = Batches(batches.eval_pipeline(splits.valid, pipeline, 'valid'), bad_files)
-  test_ds = Batches(batches.eval_pipeline(splits.test, pipeline, 'test'), bad_files)
+    made = batches.eval_pipeline(splits.valid, pipeline, 'valid')
+    valid_ds = Batches(made, bad_files, batch_bytes=size['valid'])
+  made = batches.eval_pipeline(splits.test, pipeline, 'test')
+  test_ds = Batches(made, bad_files, batch_bytes=size['test'])
   return Dataset(
     train_iter=iterate(train_ds),
     valid_iter=None if valid_ds is None else _forever(valid_ds),
@@ -120,11 +129,44 @@ def iterate(ds: Batches, start: int = 0, stop: int | None = None) -> Iterator[ty
   yield from ds.iterate(start, stop)
 
 
+def _check(splits: sources.Splits, pipeline: Pipeline, what: str) -> None:
+  """Raises `UserError` for a pipeline that is not for these images or clips."""
+  sampling = pipeline.sampling
+  if splits.clips and sampling is None:
+    raise errors.UserError(
+      f'{what} holds clips, but the backbone is for images: give '
+      '--config.backbone_configs.frames=N.'
+    )
+  if sampling is not None and not splits.clips:
+    raise errors.UserError(
+      f'{what} holds images, but the backbone is for clips of {sampling.num_frames} frames.'
+    )
+  if splits.sided and pipeline.augment.flip:
+    raise errors.UserError(
+      f'{what}: left and right tell classes apart, so augment.flip would give wrong labels.'
+    )
+  if sampling is None:
+    return
+  plain = dataclasses.asdict(Sampling(sampling.num_frames, num_test_crops=sampling.num_test_crops))
+  given = [name for name, value in dataclasses.asdict(sampling).items() if value != plain[name]]
+  if splits.whole and given:
+    raise errors.UserError(
+      f'{what} makes clips of {sampling.num_frames} frames, which are shown as they are: leave out '
+      f'dataset_configs.{", ".join(given)}.'
+    )
+  if sampling.frames_per_second is not None and len(splits.train):
+    try:
+      record = splits.train[0]
+    except sources.BadImage:
+      return
+    clip_reader.check_rate(record, sampling)
+
+
 def _meta_data(splits: sources.Splits, pipeline: Pipeline, name: str) -> dict[str, Any]:
-  size, augment = pipeline.view.image_size, pipeline.augment
+  augment, sampling = pipeline.augment, pipeline.sampling
   return {
     'num_classes': len(splits.class_names),
-    'input_shape': (-1, size, size, 3),
+    'input_shape': (-1, *pipeline.input_shape),
     'input_dtype': getattr(jnp, pipeline.dtype_str),
     'num_train_examples': len(splits.train),
     'num_eval_examples': 0 if splits.valid is None else len(splits.valid),
@@ -136,9 +178,8 @@ def _meta_data(splits: sources.Splits, pipeline: Pipeline, name: str) -> dict[st
     'interpolation': pipeline.view.interpolation,
     'central_crop': pipeline.view.central_crop,
     'about': splits.about,
-    'train_crops': {'min_crop_area': augment.min_crop_area, 'interpolation': augment.interpolation}
-    if augment.crops
-    else None,
+    'train_crops': augment.crop_settings,
+    'clips': None if sampling is None else dataclasses.asdict(sampling),
     'fingerprints': {
       part: fingerprint(source)
       for part, source in (('train', splits.train), ('valid', splits.valid), ('test', splits.test))

@@ -12,6 +12,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils, detect, resize, sources
 from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.clip_reader import Sampling
 from losa_scenic.dataset_lib.pipeline import Pipeline
 from losa_scenic.model_lib.spec import BackboneSpec
 
@@ -19,12 +20,18 @@ from losa_scenic.model_lib.spec import BackboneSpec
 # options by keyword (`image_size` too, if it draws its images) and returns `sources.Splits`.
 _HERE = 'losa_scenic.dataset_lib'
 DATASETS = {
+  'clip_folder': f'{_HERE}.clip_folder:splits',
+  'clip_list': f'{_HERE}.clip_list:splits',
   'coco': f'{_HERE}.coco:splits',
   'digits': f'{_HERE}.digits:splits',
   'hugging_face': f'{_HERE}.hugging_face:splits',
   'image_folder': f'{_HERE}.image_folder:splits',
   'image_list': f'{_HERE}.image_list:splits',
   'image_pack': f'{_HERE}.image_pack:splits',
+  'kinetics': f'{_HERE}.kinetics:splits',
+  'moving_sprites': f'{_HERE}.moving_sprites:splits',
+  'playback': f'{_HERE}.playback:splits',
+  'something_v2': f'{_HERE}.something_v2:splits',
   'sprites': f'{_HERE}.sprites:splits',
   'tar_shards': f'{_HERE}.tar_shards:splits',
   'tfds': f'{_HERE}.tfds_sets:splits',
@@ -38,13 +45,24 @@ TRAIN_SPLITS = ('train', 'trainval')
 COMMON_OPTIONS: dict[str, type] = {
   'cache_gigabytes': float,
   'central_crop': float,
+  'frame_stride': int,
+  'frames_per_second': float,
   'image_size': int,
   'interpolation': str,
   'max_bad_fraction': float,
   'metric': str,
   'normalisation': str,
+  'num_test_clips': int,
+  'num_test_crops': int,
+  'short_clips': str,
   'train_split': str,
 }
+# What a set that draws its clips is told of the backbone, and no option.
+DRAWN = {'frames'}
+# Those options that are about frames: only for clips.
+CLIP_OPTIONS = tuple(
+  field.name for field in dataclasses.fields(Sampling) if field.default is not dataclasses.MISSING
+)
 # The option `normalisation`: (mean, std) in the place of the backbone's own.
 NORMALISATIONS = {
   'imagenet': ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -78,7 +96,7 @@ def option_types() -> dict[str, type]:
   types = dict(COMMON_OPTIONS)
   for name in DATASETS:
     block = config_lib.placeholders(get_dataset(name))
-    for option in block:
+    for option in set(block) - DRAWN:
       kind = block.get_type(option)
       if types.setdefault(option, kind) is not kind:
         raise TypeError(f"Option {option} of dataset '{name}' has another type elsewhere.")
@@ -95,6 +113,7 @@ def build_dataset(
   shuffle_seed: int = 0,
   image_size: int,
   interpolation: str = 'bicubic',
+  frames: int = 0,
   dataset_configs: Mapping[str, Any] | None = None,
   augment: Mapping[str, Any] | None = None,
   workers: int = 0,
@@ -113,12 +132,14 @@ def build_dataset(
     image_size: side of the images in pixels.
     interpolation: how they are resized, unless `dataset_configs` says another: one of
       `resize.INTERPOLATIONS`.
+    frames: frames of a clip; 0 for images.
     dataset_configs: options; None values count as not given. For every set `COMMON_OPTIONS`:
       `train_split` ('train', or 'trainval' to train on the training and validation images, with no
       validation left), `metric` ('accuracy' or 'per_class'), `image_size` and `interpolation` (in
       the place of the arguments), `central_crop` (see `resize.View`), `max_bad_fraction` and
-      `cache_gigabytes` (see `Pipeline`) and `normalisation`, which is the model's
-      affair (see `run_config.resolve`). All others are options of the set's own function.
+      `cache_gigabytes` (see `Pipeline`), for clips those of `CLIP_OPTIONS` (see
+      `clip_reader.Sampling`), and `normalisation`, which is the model's affair (see
+      `run_config.resolve`). All others are options of the set's own function.
     augment: fields of `augment.Augment`.
     workers: number of loader processes; 0 for threads.
     host: number of this host.
@@ -140,6 +161,7 @@ def build_dataset(
     eval_batch_size=eval_batch_size,
     image_size=image_size,
     interpolation=interpolation,
+    frames=frames,
     dtype_str=dtype_str,
     shuffle_seed=shuffle_seed,
     augment=augment,
@@ -147,7 +169,7 @@ def build_dataset(
     host=host,
     hosts=hosts,
   )
-  name, splits = open_splits(name, pipeline.view.image_size, given)
+  name, splits = open_splits(name, pipeline.view.image_size, given, frames=frames)
   return dataset_utils.make_dataset(splits, pipeline, name)
 
 
@@ -158,6 +180,7 @@ def make_pipeline(
   eval_batch_size: int,
   image_size: int,
   interpolation: str = 'bicubic',
+  frames: int = 0,
   dtype_str: str = 'uint8',
   shuffle_seed: int = 0,
   augment: Mapping[str, Any] | None = None,
@@ -195,6 +218,7 @@ def make_pipeline(
       common.get('interpolation', interpolation),
       common.get('central_crop'),
     ),
+    sampling=_sampling(frames, common),
     augment=config_lib.build(Augment, block=augment, what='augment'),
     workers=workers,
     host=host,
@@ -203,8 +227,20 @@ def make_pipeline(
   )
 
 
+def _sampling(frames: int, options: Mapping[str, Any]) -> Sampling | None:
+  given = {name: options[name] for name in CLIP_OPTIONS if name in options}
+  if frames:
+    return Sampling(frames, **given)
+  if given:
+    raise errors.UserError(
+      f'dataset_configs.{min(given)} is for clips, but the backbone is for images: give '
+      '--config.backbone_configs.frames=N.'
+    )
+  return None
+
+
 def open_splits(
-  name: str, image_size: int, dataset_configs: Mapping[str, Any] | None = None
+  name: str, image_size: int, dataset_configs: Mapping[str, Any] | None = None, *, frames: int = 0
 ) -> tuple[str, sources.Splits]:
   """Opens the images of a data set as they are stored.
 
@@ -212,6 +248,7 @@ def open_splits(
     name: a key of `DATASETS`, or 'auto' for whatever is found at the option `root`.
     image_size: for sets that draw their images.
     dataset_configs: options as for `build_dataset`.
+    frames: for sets that draw clips; 0 for a backbone of images.
 
   Returns:
     Name of the set, and its images; `train_split` is applied.
@@ -224,11 +261,19 @@ def open_splits(
     name = detect.detect(own.get('root'))
   splits_fn, what = get_dataset(name), f"dataset '{name}'"
   known = config_lib.options(splits_fn)
+  allowed = known - DRAWN | set(COMMON_OPTIONS)
   for key in own:
-    if key not in known | set(COMMON_OPTIONS):
-      raise errors.unknown(f'option of {what}', key, known | set(COMMON_OPTIONS))
+    if key not in allowed:
+      raise errors.unknown(f'option of {what}', key, allowed)
+  if 'frames' in known and not frames:
+    raise errors.UserError(
+      f"Dataset '{name}' draws clips, but the backbone is for images: give "
+      '--config.backbone_configs.frames=8.'
+    )
   train_split = errors.one_of('train_split', own.get('train_split', 'train'), TRAIN_SPLITS)
-  drawn = {'image_size': image_size} if 'image_size' in known else {}
+  drawn = {
+    key: value for key, value in (('image_size', image_size), ('frames', frames)) if key in known
+  }
   block = {key: value for key, value in own.items() if key not in COMMON_OPTIONS}
   splits = config_lib.build(splits_fn, block=block, what=what, **drawn)
   return name, _train_on_valid(splits, what) if train_split == 'trainval' else splits
@@ -271,6 +316,7 @@ def of_run(config: Config, spec: BackboneSpec) -> dataset_utils.Dataset:
     shuffle_seed=config.shuffle_seed,
     image_size=spec.image_size,
     interpolation=spec.interpolation,
+    frames=spec.frames,
     dataset_configs=config.dataset_configs,
     augment=config.augment,
     workers=config.num_workers,

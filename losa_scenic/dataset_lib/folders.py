@@ -149,9 +149,9 @@ def repeated(names: Sequence[str]) -> tuple[int, int] | None:
   return None
 
 
-def class_summary(train_labels: np.ndarray, num_classes: int) -> str:
-  """One line on the number of classes, and on how many of them have no training image."""
+def class_summary(train_labels: np.ndarray, num_classes: int, noun: str = 'image') -> str:
+  """One line on the number of classes, and on how many of them have no training image (`noun`)."""
   missing = num_classes - len(np.unique(train_labels))
   return f'{num_classes} classes' + (
-    f', {missing} of them without a training image' if missing else ''
+    f', {missing} of them without a training {noun}' if missing else ''
   )

@@ -13,26 +13,12 @@ A split-off part takes the same share of every class. Which images it takes depe
 `split_seed` and each file's class and name: neither the machine nor other files matter. Labels
 follow the alphabetical order of the class folders of the training images.
 
-Nothing is left out silently: every file in a class folder must be named as an image. Hidden files
-and `Thumbs.db` are skipped. Links are followed. Images are opened when they are needed, not before:
-a link that leads nowhere is found, and replaced as any bad image, when it is read.
+Nothing is left out silently: every file in a class folder must be named as an image. See
+`class_folders`.
 """
 
-import os
-import pathlib
-
-import numpy as np
-
-from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import folders, sources, splitting
-from losa_scenic.dataset_lib.decode import EXTENSIONS
-
-SPLIT_FOLDERS = ('train', 'val', 'test')
-# Files that operating systems leave behind; names that begin with a dot are skipped as well.
-JUNK = ('thumbs.db', 'desktop.ini')
-
-# class name -> the names of its files in order.
-_ClassFiles = dict[str, list[str]]
+from losa_scenic.dataset_lib import class_folders, sources
+from losa_scenic.dataset_lib.media import IMAGES
 
 
 def splits(
@@ -59,95 +45,11 @@ def splits(
     errors.UserError: naming the folder or file that is missing, empty, not an image by its name or
       of a class without training images.
   """
-  folder = folders.checked_root('image_folder', root)
-  if not folder.is_dir():
-    raise errors.UserError(f'{folder}: not a folder (--config.dataset_configs.root).')
-  found = _find(folder)
-  class_names = tuple(found['train'][1])
-  parts = {part: _source(where, classes, class_names) for part, (where, classes) in found.items()}
-  names = [name for files in found['train'][1].values() for name in files]
-  about = [f'{part}: {len(source):,} images in {source.root}' for part, source in parts.items()]
-  if val_fraction is None and 'val' not in parts:
-    val_fraction = splitting.VAL_FRACTION
-  complete, split_off = splitting.complete(
-    parts,
-    names,
-    parts['train'].labels,
-    class_names,
+  return class_folders.open_splits(
+    IMAGES,
+    'image_folder',
+    root,
     val_fraction=val_fraction,
     test_fraction=test_fraction,
     split_seed=split_seed,
-    where=str(folder),
   )
-  return sources.Splits(
-    complete['train'], complete.get('val'), complete['test'], class_names, (*about, *split_off)
-  )
-
-
-def _find(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, _ClassFiles]]:
-  """Folder and files of each split, or of 'train' alone where there are only class folders."""
-  names = {folder.name for folder in _subfolders(root)}
-  # A class may be called 'train': a split folder is one that holds folders.
-  has_splits = any(_subfolders(root / name) for name in names & set(SPLIT_FOLDERS))
-  if not has_splits and not names <= set(SPLIT_FOLDERS):
-    return {'train': (root, _class_files(root))}
-  for name in sorted(names):
-    if name not in SPLIT_FOLDERS:
-      raise errors.unknown(f'split folder in {root}:', name, SPLIT_FOLDERS)
-  if not names:
-    raise errors.UserError(f'{root}: there are no class folders in it.')
-  if 'train' not in names:
-    raise errors.UserError(f"{root}: there is '{min(names)}/' but no 'train/'.")
-  found = {p: (root / p, _class_files(root / p)) for p in SPLIT_FOLDERS if p in names}
-  for where, classes in found.values():
-    for name in classes:
-      if name not in found['train'][1]:
-        place = f'class folder {where / name} (not in train):'
-        raise errors.unknown(place, name, found['train'][1])
-  return found
-
-
-def _class_files(folder: pathlib.Path) -> _ClassFiles:
-  classes = _subfolders(folder)
-  if not classes:
-    raise errors.UserError(f'{folder}: there are no class folders in it.')
-  for entry in _visible(folder):
-    if entry.name.lower().endswith(EXTENSIONS) and not folders.is_folder(entry):
-      raise errors.UserError(f'{entry.path}: an image outside the class folders.')
-  return {entry.name: _files(entry.path) for entry in classes}
-
-
-def _files(class_folder: str) -> list[str]:
-  entries = _visible(pathlib.Path(class_folder))
-  for entry in entries:
-    if folders.is_folder(entry):
-      raise errors.UserError(f'{entry.path}: a folder inside a class folder; images lie in it.')
-    if not entry.name.lower().endswith(EXTENSIONS):
-      raise errors.UserError(
-        f'{entry.path}: not an image; class folders may hold {", ".join(EXTENSIONS)}.'
-      )
-    # Opening a pipe would wait for ever. For what is no link, neither call asks the disk.
-    if not folders.is_file(entry) and not (entry.is_symlink() and not os.path.exists(entry.path)):
-      raise errors.UserError(
-        f'{entry.path}: neither a file nor a link to one (a pipe, a device..).'
-      )
-  if not entries:
-    raise errors.UserError(f'{class_folder}: the class folder is empty.')
-  return [entry.name for entry in entries]
-
-
-def _subfolders(folder: pathlib.Path) -> list[os.DirEntry[str]]:
-  return [entry for entry in _visible(folder) if folders.is_folder(entry)]
-
-
-def _visible(folder: pathlib.Path) -> list[os.DirEntry[str]]:
-  return [entry for entry in folders.entries(folder) if entry.name.lower() not in JUNK]
-
-
-def _source(
-  root: pathlib.Path, classes: _ClassFiles, class_names: tuple[str, ...]
-) -> sources.FileSource:
-  files = [f'{name}/{file}' for name, files in classes.items() for file in files]
-  counts = [len(files) for files in classes.values()]
-  labels = np.repeat([class_names.index(name) for name in classes], counts)
-  return sources.FileSource(root, files, labels, num_classes=len(class_names))

@@ -1,16 +1,21 @@
-"""Rows of list files: a path and a label each, from text or from tables with a header."""
+"""Rows of list files: a path and a label each, from text or from tables.
+
+Tables have a header. Without one, as released for many sets of clips, a table is read whose lines
+are 'path,label' or 'path label' with whole numbers as the labels.
+"""
 
 import csv
+import math
+import os
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple, TextIO
-
-import numpy as np
 
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import sources
+from losa_scenic.dataset_lib.frame_sampling import WHOLE, Segment
 
 DELIMITERS = {'.csv': ',', '.tsv': '\t'}
 EXTENSIONS = ('.txt', *DELIMITERS)
@@ -20,11 +25,22 @@ COLUMNS = {
   'label': ('label', 'class', 'category', 'target'),
   'split': ('split',),
 }
+# Beside these, of clips: the part of the file that is meant, in seconds; either may be empty.
+CLIP_COLUMNS = {
+  **COLUMNS,
+  'path': ('path', 'file', 'filename', 'file_name', 'clip', 'clip_path', 'video', 'video_path'),
+  'start': ('start', 'start_time', 'time_start'),
+  'end': ('end', 'end_time', 'time_end'),
+}
+_REQUIRED = ('path', 'label')
+_TIMES = {'start', 'end'}
 # What a split column may say, and the part that is meant.
-PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validation': 'val', 'test': 'test'}
+PARTS = {'train': 'train', 'val': 'val', 'valid': 'val', 'validate': 'val', 'validation': 'val'}
+PARTS['test'] = 'test'
 
-_INTEGER = re.compile(r'[+-]?[0-9]{1,18}')
-_NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+# What is written as a label: a whole number, any number.
+INTEGER = re.compile(r'[+-]?[0-9]{1,18}')
+NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
 
 
 class Rows(NamedTuple):
@@ -33,18 +49,27 @@ class Rows(NamedTuple):
   Attributes:
     file: where they are listed.
     lines: the number of each row's (last) line, from 1.
-    paths: of the images, without './' and the like: two spellings of a path are one image.
+    paths: of the files, without './' and the like: two spellings of a path are one file.
     labels: as they are written.
+    segments: the part of each file that is meant.
+    noun: what a file is called in messages.
   """
 
   file: pathlib.Path
   lines: list[int]
   paths: list[str]
   labels: list[str]
+  segments: list[Segment]
+  noun: str = 'image'
 
   def where(self, i: int) -> str:
     """'file:line' of a row."""
     return f'{self.file}:{self.lines[i]}'
+
+  def names(self) -> list[str]:
+    """A name of each row, with its segment if it has one."""
+    rows = zip(self.paths, self.segments, strict=True)
+    return [p if s == WHOLE else f'{p} {s.start}-{s.end}' for p, s in rows]
 
 
 class _Row(NamedTuple):
@@ -52,53 +77,68 @@ class _Row(NamedTuple):
   path: str
   label: str
   part: str | None = None
+  segment: Segment = WHOLE
 
 
-def read(file: pathlib.Path, root: pathlib.Path, part: str | None = None) -> dict[str, Rows]:
+def read(
+  file: pathlib.Path,
+  root: pathlib.Path,
+  part: str | None = None,
+  *,
+  columns: Mapping[str, tuple[str, ...]] = COLUMNS,
+  noun: str = 'image',
+) -> dict[str, Rows]:
   """Reads a list file.
 
   Args:
-    file: text with 'path label' in each line, or CSV or TSV with a header; UTF-8.
-    root: the folder that the paths are relative to.
+    file: text with 'path label' in each line, or CSV or TSV; UTF-8.
+    root: the folder that the paths are relative to; they may begin with its absolute name.
     part: 'train', 'val' or 'test' if the file lists one part alone; None for a file whose column
       'split' may name the part of each row. Rows of no part are 'train'.
+    columns: what the columns may be called: of 'path' and 'label', which a table must have, and of
+      'split', 'start' and 'end'. Others are not read.
+    noun: what a file is called in messages.
 
   Returns:
     The rows of each part that has any, in the order of the file.
 
   Raises:
-    errors.UserError: naming file and line of what cannot be read, of a path outside `root`, and of
-      a path that a part lists with two labels; or the file if it has no rows.
+    errors.UserError: naming file and line of what cannot be read, of a path outside `root`, of
+      times that are no part of a clip, and of a path that a part lists with two labels; or the file
+      if it has no rows.
   """
   parts: dict[str, Rows] = {}
-  seen: dict[tuple[str, str], str] = {}
+  inside = os.path.join(os.path.abspath(root), '')
+  seen: dict[tuple[str, str, Segment], str] = {}
   try:
     with open(file, encoding='utf-8-sig', newline='') as stream:
       is_table = file.suffix.lower() in DELIMITERS
-      for row in _table_rows(file, stream) if is_table else _text_rows(file, stream):
+      for row in _table_rows(file, stream, columns) if is_table else _text_rows(file, stream):
         where = f'{file}:{row.line}'
         if part and row.part not in (None, part):
           raise errors.UserError(
-            f"{where}: split '{row.part}', but this file is the list of the {part} images."
+            f"{where}: split '{row.part}', but this file is the list of the {part} {noun}s."
           )
+        path = row.path.removeprefix(inside)
         try:
-          sources.check_inside(row.path, root)
+          sources.check_inside(path, root)
         except errors.UserError as error:
           raise errors.UserError(f'{where}: {error}') from error
-        path, name = posixpath.normpath(row.path), row.part or part or 'train'
-        label = seen.setdefault((name, path), row.label)
+        path, name = posixpath.normpath(path), row.part or part or 'train'
+        label = seen.setdefault((name, path, row.segment), row.label)
         if label != row.label:
           raise errors.UserError(
             f"{where}: {path} has label '{row.label}', but '{label}' further up."
           )
-        rows = parts.setdefault(name, Rows(file, [], [], []))
+        rows = parts.setdefault(name, Rows(file, [], [], [], [], noun))
         rows.lines.append(row.line)
         rows.paths.append(path)
         rows.labels.append(row.label)
+        rows.segments.append(row.segment)
   except (OSError, UnicodeDecodeError) as error:
     raise errors.UserError(f'{file}: cannot be read as UTF-8 text ({error}).') from error
   if not parts:
-    raise errors.UserError(f'{file}: it lists no images.')
+    raise errors.UserError(f'{file}: it lists no {noun}s.')
   return parts
 
 
@@ -108,15 +148,17 @@ def _text_rows(file: pathlib.Path, stream: TextIO) -> Iterator[_Row]:
     fields = line.strip().rsplit(None, 1)
     if not fields:
       continue
-    if len(fields) < 2 or not _INTEGER.fullmatch(fields[1]):
+    if len(fields) < 2 or not INTEGER.fullmatch(fields[1]):
       raise errors.UserError(
         f"{file}:{number}: a line must be 'path label' with a whole number as the label, not "
         f'{line.strip()!r}. (Lists with class names: CSV with a header.)'
       )
-    yield _Row(number, *fields)
+    yield _Row(number, fields[0], fields[1])
 
 
-def _table_rows(file: pathlib.Path, stream: TextIO) -> Iterator[_Row]:
+def _table_rows(
+  file: pathlib.Path, stream: TextIO, allowed: Mapping[str, tuple[str, ...]]
+) -> Iterator[_Row]:
   reader = csv.reader(stream, delimiter=DELIMITERS[file.suffix.lower()], strict=True)
   columns: dict[str, int] | None = None
   width = 0
@@ -125,123 +167,67 @@ def _table_rows(file: pathlib.Path, stream: TextIO) -> Iterator[_Row]:
       if not cells:
         continue
       if columns is None:
-        columns, width = _columns(file, cells), len(cells)
-        continue
+        if len(cells) == 1 and _is_row(cells[0].rsplit(None, 1)):
+          stream.seek(0)
+          yield from _text_rows(file, stream)
+          return
+        columns, width = _columns(file, cells, allowed), len(cells)
+        if not _is_row(cells):
+          continue
       where = f'{file}:{reader.line_num}'
       if len(cells) != width:
         raise errors.UserError(f'{where}: {len(cells)} cells in a table of {width} columns.')
       row = {key: cells[column].strip() for key, column in columns.items()}
       for key, cell in row.items():
-        if not cell:
+        if not cell and key not in _TIMES:
           raise errors.UserError(f"{where}: the cell '{key}' is empty.")
       part = row.get('split')
       if part is not None:
         part = PARTS[errors.one_of(f'split in {where}:', part.lower(), PARTS)]
-      yield _Row(reader.line_num, row['path'], row['label'], part)
+      segment = _segment(where, row) if row.keys() & _TIMES else WHOLE
+      yield _Row(reader.line_num, row['path'], row['label'], part, segment)
   except csv.Error as error:
     raise errors.UserError(f'{file}:{reader.line_num}: {error}.') from error
 
 
-def _columns(file: pathlib.Path, header: list[str]) -> dict[str, int]:
-  """The column of 'path', of 'label' and, if there is one, of 'split'."""
+def _is_row(cells: list[str]) -> bool:
+  """Whether a table's first line is no header but a path and a label."""
+  return len(cells) == 2 and bool(INTEGER.fullmatch(cells[1].strip()))
+
+
+def _segment(where: str, row: Mapping[str, str]) -> Segment:
+  """The part of a clip that a row means; the whole clip if it says nothing."""
+  times = {key: row[key] for key in ('start', 'end') if row.get(key)}
+  for key, text in times.items():
+    if not (NUMBER.fullmatch(text) and 0 <= float(text) < math.inf):
+      raise errors.UserError(
+        f"{where}: {key} '{text}' is no time: it must be a number of seconds, at least 0."
+      )
+  start = float(times.get('start', 0))
+  end = float(times['end']) if 'end' in times else None
+  if end is not None and start >= end:
+    raise errors.UserError(
+      f'{where}: the clip must end after its start, not last from {start:g} to {end:g} s.'
+    )
+  return Segment(start, end)
+
+
+def _columns(
+  file: pathlib.Path, header: list[str], allowed: Mapping[str, tuple[str, ...]]
+) -> dict[str, int]:
+  """The columns of those of `allowed` that there are; 'path' and 'label' must be."""
+  if _is_row(header):
+    return {'path': 0, 'label': 1}
   names = [name.strip().lower() for name in header]
   columns = {}
-  for key, allowed in COLUMNS.items():
-    found = [i for i, name in enumerate(names) if name in allowed]
+  for key, synonyms in allowed.items():
+    found = [i for i, name in enumerate(names) if name in synonyms]
     if len(found) == 1:
       columns[key] = found[0]
-    elif found or key != 'split':
+    elif found or key in _REQUIRED:
       count = 'more than one column' if found else 'no column'
       raise errors.UserError(
-        f'{file}:1: {count} for the {key} (one of {", ".join(allowed)}); the header has: '
-        f'{", ".join(header)}.'
+        f'{file}:1: {count} for the {key} (one of {", ".join(synonyms)}); the header has: '
+        f'{", ".join(header)}. (Without a header: two columns, path and a whole number.)'
       )
   return columns
-
-
-def is_numbered(parts: dict[str, Rows]) -> bool:
-  """Whether the labels are whole numbers; `class_ids` refuses a mixture."""
-  return bool(_INTEGER.fullmatch(parts['train'].labels[0]))
-
-
-def class_ids(
-  parts: dict[str, Rows], names: tuple[str, ...] | None
-) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-  """Labels as numbers, and the names of the classes.
-
-  Args:
-    parts: the rows of each part, 'train' among them. All labels are whole numbers, or none is.
-    names: the class names in order. None: whole numbers are names themselves, from 0 to the largest
-      of all parts; other labels are sorted, and training images must know each of them.
-
-  Returns:
-    int32 [n] for each part, and the class names.
-
-  Raises:
-    errors.UserError: naming file and line of a label that is out of range, unknown, of the other
-      kind, or a number that is not whole.
-  """
-  rows = [(part, i) for part, listed in parts.items() for i in range(len(listed.labels))]
-  _check_kind(parts, rows, names)
-  if is_numbered(parts):
-    numbers = {part: [int(label) for label in listed.labels] for part, listed in parts.items()}
-    names = names or _numbered(parts, numbers)
-    for part, i in rows:
-      if not 0 <= numbers[part][i] < len(names):
-        raise errors.UserError(
-          f'{parts[part].where(i)}: label {numbers[part][i]} is outside 0..{len(names) - 1} '
-          f'({len(names)} classes).'
-        )
-    return {part: np.array(values, np.int32) for part, values in numbers.items()}, names
-  origin = 'classes in the file of class names' if names else 'classes of the training images'
-  names = names or tuple(sorted(set(parts['train'].labels)))
-  number_of = {name: number for number, name in enumerate(names)}
-  for listed in parts.values():
-    for i, label in enumerate(listed.labels):
-      if label not in number_of:
-        raise errors.unknown(f'class in {listed.where(i)} (not among the {origin}):', label, names)
-  ids = {
-    part: np.array([number_of[label] for label in listed.labels], np.int32)
-    for part, listed in parts.items()
-  }
-  return ids, names
-
-
-def _check_kind(
-  parts: dict[str, Rows], rows: list[tuple[str, int]], names: tuple[str, ...] | None
-) -> None:
-  """Raises `UserError` unless all labels are whole numbers or all are names.
-
-  '0.0' .. '11.0', as a program writes whole numbers that it has read as decimals, are no names:
-  sorted they would be 0.0, 1.0, 10.0. Names like '0.5' must be in the file of class names.
-  """
-  is_integer = [bool(_INTEGER.fullmatch(parts[part].labels[i])) for part, i in rows]
-  if all(is_integer):
-    return
-  part, i = rows[is_integer.index(False)]
-  where = f"{parts[part].where(i)}: label '{parts[part].labels[i]}'"
-  texts = {label for listed in parts.values() for label in listed.labels}
-  if not texts <= set(names or ()) and all(map(_NUMBER.fullmatch, texts)):
-    raise errors.UserError(
-      f'{where}: labels that are numbers must be whole and written without a point: 0, 1, 2.. '
-      'If they are the names of classes, list them in their order in classes.txt.'
-    )
-  if any(is_integer):
-    part, i = rows[is_integer.index(not is_integer[0])]
-    raise errors.UserError(
-      f"{parts[part].where(i)}: label '{parts[part].labels[i]}': some labels are whole numbers and "
-      'some are names; write all as numbers or all as names.'
-    )
-
-
-def _numbered(parts: dict[str, Rows], numbers: dict[str, list[int]]) -> tuple[str, ...]:
-  """Names '0', '1', .. up to the largest label, unless that is a slip of the pen."""
-  largest, part = max((max(values), part) for part, values in numbers.items())
-  total = sum(len(values) for values in numbers.values())
-  if largest >= total:
-    where = parts[part].where(numbers[part].index(largest))
-    raise errors.UserError(
-      f'{where}: label {largest}, but there are only {total} images. Labels count from 0; if there '
-      'really are so many classes, name them in classes.txt.'
-    )
-  return tuple(str(number) for number in range(largest + 1))

@@ -18,15 +18,14 @@ import cv2
 import numpy as np
 
 from losa_scenic.dataset_lib import augment as augment_lib
-from losa_scenic.dataset_lib import decode, resize
+from losa_scenic.dataset_lib import mixing, resize
 from losa_scenic.dataset_lib.bad_files import Problem
-from losa_scenic.dataset_lib.cache import Cache
-from losa_scenic.dataset_lib.sources import BadImage, Record, Source
+from losa_scenic.dataset_lib.clip_reader import ClipReader, Sampling
+from losa_scenic.dataset_lib.image_reader import ImageReader
+from losa_scenic.dataset_lib.sources import BadImage, Source
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _THREADS = min(16, _CORES)
-# A reduced image keeps this many pixels per pixel that is wanted: shrinking twice costs detail.
-_SPARE = 1.25
 cv2.setNumThreads(0)  # Threads work on whole images here; OpenCV's own would only fight with them.
 _pool: futures.ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -36,10 +35,9 @@ class Loader:
   """Makes batches of one split.
 
   Attributes:
-    source: the images.
-    view: what of an image is shown.
+    source: the images or clips.
     augment: what is drawn at random.
-    split: 'train', 'valid' or 'test', for messages.
+    split: 'train', 'valid' or 'test'.
     bad: position -> problem, of the images that this process found unreadable.
   """
 
@@ -48,6 +46,7 @@ class Loader:
     source: Source,
     view: resize.View,
     *,
+    sampling: Sampling | None = None,
     augment: augment_lib.Augment | None = None,
     seed: int = 0,
     split: str = 'train',
@@ -57,20 +56,27 @@ class Loader:
     """Reads nothing yet.
 
     Args:
-      source: at least one image.
+      source: at least one image or clip.
       view: what of an image is shown where nothing is augmented.
+      sampling: which frames of a clip are shown; None for images.
       augment: what is drawn at random; None for nothing.
-      seed: of the augmentation.
+      seed: of the augmentation and of the windows of clips.
       split: 'train', 'valid' or 'test'.
       max_bad_fraction: with more unreadable images than this share of the split, no replacements
         are looked for any more.
       cache_bytes: keep decoded images in memory if those of the split fit into this many bytes.
     """
-    self.source, self.view, self.split = source, view, split
+    self.source, self.split = source, split
     self.augment = augment or augment_lib.Augment()
     self.bad: dict[int, Problem] = {}
     self._seed, self._allowed_bad = seed, int(max_bad_fraction * len(source))
-    self._cache = Cache(len(source), None if self.augment.crops else view.image_size, cache_bytes)
+    self._reader: ImageReader | ClipReader
+    if sampling is None:
+      self._reader = ImageReader(source, view, self.augment, seed, cache_bytes)
+    else:
+      self._reader = ClipReader(
+        source, view, sampling, self.augment, split=split, seed=seed, cache_bytes=cache_bytes
+      )
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     """Unpickles; in a loader process, sees to it that the process ends with its parent."""
@@ -88,23 +94,23 @@ class Loader:
       count: length of the batch: the slots after the b images are zeros and masked. None for b.
 
     Returns:
-      'inputs' uint8 [count, s, s, 3], 'label' int32 [count], 'batch_mask' float32 [count], 'index'
+      'inputs' uint8 [count, s, s, 3] ([count, t, s, s, 3] of clips, [count, v, t, s, s, 3] of
+      several views of them), 'label' int32 [count], 'batch_mask' float32 [count], 'index'
       int32 [count] (-1 where masked). Where images are mixed, also 'partner_label' int32 [count]
       and 'label_share' float32 [count], the share of 'label'. Where images were bad, also
       'problems', a list of `Problem`: all that were met, also in looking for replacements.
     """
-    count, size = len(indices) if count is None else count, self.view.image_size
+    count = len(indices) if count is None else count
     labels, mask = np.zeros(count, np.int32), np.zeros(count, np.float32)
     mask[: len(indices)] = 1.0
     index = np.full(count, -1, np.int32)
     index[: len(indices)] = indices
     met: set[int] = set()
-    plain = not self.augment.active and count == len(indices)
-    images = self._cache.gather(indices) if plain else None
-    if images is not None:
-      labels[:] = self._cache.labels[indices]
+    kept = self._reader.gather(indices) if count == len(indices) else None
+    if kept is not None:
+      images, labels = kept
     else:
-      images = np.empty((count, size, size, 3), np.uint8)
+      images = np.empty((count, *self._reader.shape), np.uint8)
       images[len(indices) :] = 0
 
       def load(slot: int) -> None:
@@ -122,7 +128,7 @@ class Loader:
         augment_lib.generator(self._seed, int(epoch), int(i), 1)
         for epoch, i in zip(epochs, indices, strict=True)
       ]
-      mixed = augment_lib.mix(self.augment, rngs, images, labels)
+      mixed = mixing.mix(self.augment, rngs, images, labels)
       batch |= {
         'inputs': mixed.images,
         'partner_label': mixed.partner_labels,
@@ -137,9 +143,9 @@ class Loader:
     """
     for other in range(index, index + len(self.source)):
       other %= len(self.source)
-      if other not in self.bad:
+      if other not in self.bad or not self._reader.lasting:
         try:
-          return self._show(other, epoch)
+          return self._reader.show(other, epoch)
         except BadImage as error:
           self.bad[other] = Problem(self.split, other, error.id, error.reason)
       met.add(other)
@@ -147,53 +153,6 @@ class Loader:
       if self.split != 'train' or len(self.bad) > self._allowed_bad:
         break
     return None
-
-  def _show(self, index: int, epoch: int) -> tuple[np.ndarray, int]:
-    if not self.augment.active:
-      return self._viewed(index)
-    rng = augment_lib.generator(self._seed, epoch, index)
-    image, label = self._cropped(index, rng) if self.augment.crops else self._viewed(index)
-    return augment_lib.apply(self.augment, rng, image), label
-
-  def _viewed(self, index: int) -> tuple[np.ndarray, int]:
-    image, label = self._cache.get(index)
-    if image is None:
-      record = self.source[index]
-      pixels, label = _decoded(record), record.label
-      box = self.view.box(*pixels.shape[:2])
-      image = resize.resize(pixels, self.view.image_size, self.view.interpolation, box)
-      self._cache.put(index, image, label)
-    return image, label
-
-  def _cropped(self, index: int, rng: np.random.Generator) -> tuple[np.ndarray, int]:
-    pixels, label = self._cache.get(index)
-    if pixels is None:
-      record = self.source[index]
-      label = record.label
-      if isinstance(record.image, bytes):
-        header = decode.read_header(record.image, record.id)
-        # Not a matter of the cache: what is shown must not depend on what was kept.
-        if header.reducible and is_large(header.height, header.width, self.view.image_size):
-          return self._cropped_file(record.image, record.id, header, rng), label
-        pixels = decode.decode(record.image, record.id, header)
-      else:
-        pixels = record.image
-      self._cache.put(index, pixels, label)
-    height, width = pixels.shape[:2]
-    box = augment_lib.random_crop(rng, height, width, self.augment.min_crop_area)
-    size = self.view.image_size
-    return resize.resize(pixels, size, self.augment.interpolation, box), label
-
-  def _cropped_file(
-    self, encoded: bytes, name: str, header: decode.Header, rng: np.random.Generator
-  ) -> np.ndarray:
-    """A random crop of a large JPEG, of which no more detail is decoded than the crop needs."""
-    box = augment_lib.random_crop(rng, header.height, header.width, self.augment.min_crop_area)
-    enough = min(box.height, box.width) / (_SPARE * self.view.image_size)
-    reduction = next((r for r in decode.REDUCTIONS if r <= enough), 1)
-    pixels = decode.decode(encoded, name, header, reduction)
-    box = _reduced(box, reduction, pixels.shape)
-    return resize.resize(pixels, self.view.image_size, self.augment.interpolation, box)
 
 
 _watch: threading.Thread | None = None
@@ -215,27 +174,6 @@ def _end_with_parent() -> None:
 
   _watch = threading.Thread(target=watch, name='end with parent', daemon=True)
   _watch.start()
-
-
-def _decoded(record: Record) -> np.ndarray:
-  if isinstance(record.image, np.ndarray):
-    return record.image
-  return decode.decode(record.image, record.id)
-
-
-def _reduced(box: resize.Box, reduction: int, shape: Sequence[int]) -> resize.Box:
-  """The box in an image that was decoded at 1 / reduction of its size."""
-  if reduction == 1:
-    return box
-  top, left = box.top // reduction, box.left // reduction
-  bottom = min(shape[0], -(-(box.top + box.height) // reduction))
-  right = min(shape[1], -(-(box.left + box.width) // reduction))
-  return resize.Box(top, left, bottom - top, right - left)
-
-
-def is_large(height: int, width: int, image_size: int) -> bool:
-  """Whether a JPEG of this size is decoded at a fraction of it where a random crop allows that."""
-  return min(height, width) >= min(decode.REDUCTIONS) * _SPARE * image_size
 
 
 def parallel(work: Callable[[int], object], count: int) -> None:

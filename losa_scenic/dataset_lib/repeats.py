@@ -1,9 +1,14 @@
-"""Images that occur more than once, found by a digest of their content."""
+"""Images or clips that occur more than once, found by a digest of their content."""
 
 import hashlib
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from losa_scenic.dataset_lib.clip_files import Clip
+
+_BLOCK = 1 << 20  # bytes of a file that are read at a time
 
 
 class Repeats(NamedTuple):
@@ -22,14 +27,34 @@ class Repeats(NamedTuple):
   across: np.ndarray
 
 
-def digest(image: bytes | np.ndarray) -> np.ndarray:
-  """What identifies an image: uint64 [2] of the encoded bytes, or of shape and pixels."""
+def digest(image: bytes | np.ndarray | Clip | Sequence[bytes]) -> np.ndarray:
+  """What identifies an image or clip.
+
+  Args:
+    image: see `sources.Record`.
+
+  Returns:
+    uint64 [2] of the encoded bytes, of shape and pixels, or of the file's bytes, the segment
+    and the order: two parts of one file differ, also if they overlap.
+
+  Raises:
+    OSError: for a file that cannot be read.
+  """
   content = hashlib.blake2b(digest_size=16)
   if isinstance(image, np.ndarray):
     content.update(repr(image.shape).encode())
     content.update(np.ascontiguousarray(image).data)
-  else:
+  elif isinstance(image, Clip):
+    content.update(repr((*image.segment, image.order)).encode())
+    with open(image.path, 'rb') as file:
+      while block := file.read(_BLOCK):
+        content.update(block)
+  elif isinstance(image, bytes):
     content.update(image)
+  else:
+    content.update(repr([len(frame) for frame in image]).encode())
+    for frame in image:
+      content.update(frame)
   return np.frombuffer(content.digest(), np.uint64)
 
 

@@ -1,7 +1,7 @@
-"""Random access to labelled images, the one interface that every data set stands behind.
+"""Random access to labelled images or clips, the one interface that every data set stands behind.
 
-A source says what is at a position, as it is stored: encoded bytes or pixels of any size. Decoding,
-resizing, augmentation and batching are the pipeline's (`loader`, `dataset_utils`).
+A source says what is at a position, as it is stored: encoded bytes, a video file or pixels of any
+size. Decoding, resizing, augmentation and batching are the pipeline's (`loader`, `dataset_utils`).
 """
 
 import dataclasses
@@ -9,11 +9,14 @@ import errno
 import os
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
 from losa_scenic.common_lib import errors
+
+if TYPE_CHECKING:
+  from losa_scenic.dataset_lib.clip_files import Clip
 
 # Errors that reading again does not mend; others (a stale NFS handle, EIO) may pass.
 _LASTING = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR}
@@ -21,15 +24,16 @@ _LASTING |= {errno.ELOOP, errno.ENAMETOOLONG, errno.EINVAL}
 
 
 class Record(NamedTuple):
-  """One labelled image.
+  """One labelled image or clip.
 
   Attributes:
-    image: an encoded file, or pixels uint8 [h, w, 3], red first.
+    image: of an image, an encoded file or pixels uint8 [h, w, 3], red first; of a clip, a `Clip` (a
+      video file), its frames as encoded images, or pixels uint8 [t, h, w, 3].
     label: class id.
     id: its name in messages: a path, or a set and a position.
   """
 
-  image: bytes | np.ndarray
+  image: 'bytes | np.ndarray | Clip | Sequence[bytes]'
   label: int
   id: str
 
@@ -78,6 +82,9 @@ class Splits:
     test: images to report on.
     class_names: one name per class, in the order of the labels.
     about: what was found where, one short line each, for the start of a run.
+    clips: whether the sources hold clips, not images.
+    whole: whether the frames of a clip are just those of a window, none of which may be left out.
+    sided: whether left and right tell classes apart, so that nothing may be mirrored.
   """
 
   train: Source
@@ -85,6 +92,9 @@ class Splits:
   test: Source
   class_names: tuple[str, ...]
   about: tuple[str, ...] = ()
+  clips: bool = False
+  whole: bool = False
+  sided: bool = False
 
 
 class ArraySource:

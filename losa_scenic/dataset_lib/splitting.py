@@ -27,6 +27,7 @@ def complete(
   test_fraction: float | None,
   split_seed: int,
   where: str,
+  noun: str = 'image',
 ) -> tuple[dict[str, sources.Source], tuple[str, ...]]:
   """Adds the parts that a set lacks, as subsets of its training part.
 
@@ -40,6 +41,7 @@ def complete(
     test_fraction: share in (0, 1) of each class to test with. Default 0.2.
     split_seed: another number splits differently.
     where: names the set in messages.
+    noun: what its examples are called there.
 
   Returns:
     The sources 'train', 'test' and, unless its share is 0, 'val'; and a line on each new one.
@@ -53,7 +55,7 @@ def complete(
   left, counts = np.arange(len(names)), np.bincount(labels, minlength=len(class_names))
   result, about = dict(parts), []
   for part in ('test', 'val'):
-    share = fraction(part, given[part], default[part], exists=part in parts, where=where)
+    share = fraction(part, given[part], default[part], exists=part in parts, where=where, noun=noun)
     if not share:
       continue
     kept, taken = split_off(
@@ -63,21 +65,30 @@ def complete(
       share,
       f'{split_seed}/{part}',
       counts,
+      noun,
     )
     result[part] = sources.Subset(parts['train'], left[taken])
     about.append(
-      f'{part}: {len(taken)} images split off train ({part}_fraction {share:g}, split_seed '
+      f'{part}: {len(taken)} {noun}s split off train ({part}_fraction {share:g}, split_seed '
       f'{split_seed})'
     )
     left = left[kept]
   if 'test' not in result:
-    raise errors.UserError(f'{where}: there are no test images: give a test_fraction above 0.')
+    raise errors.UserError(f'{where}: there are no test {noun}s: give a test_fraction above 0.')
   if len(left) < len(names):
     result['train'] = sources.Subset(parts['train'], left)
   return result, tuple(about)
 
 
-def fraction(part: str, given: float | None, default: float, *, exists: bool, where: str) -> float:
+def fraction(
+  part: str,
+  given: float | None,
+  default: float,
+  *,
+  exists: bool,
+  where: str,
+  noun: str = 'image',
+) -> float:
   """The share of the training images that becomes a part; 0 if the part exists.
 
   Args:
@@ -86,6 +97,7 @@ def fraction(part: str, given: float | None, default: float, *, exists: bool, wh
     default: what None stands for.
     exists: whether the set has this part already.
     where: names the set in messages.
+    noun: what its examples are called there.
 
   Raises:
     errors.UserError: for a share that is no number in [0, 1), or given for a part that exists.
@@ -93,7 +105,7 @@ def fraction(part: str, given: float | None, default: float, *, exists: bool, wh
   if exists:
     if given is not None:
       raise errors.UserError(
-        f'{where}: {part}_fraction is given, but the set has its own {part} images: leave it out.'
+        f'{where}: {part}_fraction is given, but the set has its own {part} {noun}s: leave it out.'
       )
     return 0.0
   value = default if given is None else given
@@ -109,6 +121,7 @@ def split_off(
   share: float,
   salt: str,
   counts: np.ndarray | None = None,
+  noun: str = 'image',
 ) -> tuple[np.ndarray, np.ndarray]:
   """Takes the images of each class whose hash of 'salt/class name/name' is smallest.
 
@@ -119,6 +132,7 @@ def split_off(
     share: in (0, 1). Of a class of c images max(1, round(share c)) are taken.
     salt: another text takes other images.
     counts: integers [classes], the c of each class; default: its number among `labels`.
+    noun: what the examples are called in messages.
 
   Returns:
     Positions kept and positions taken, int64, both rising.
@@ -132,9 +146,9 @@ def split_off(
   wanted = np.maximum(1, np.rint(share * counts)).astype(np.int64)
   for label in np.flatnonzero((present > 0) & (wanted >= present)).tolist():
     raise errors.UserError(
-      f"Class '{class_names[label]}': {counts[label]} images are too few: with a share of "
+      f"Class '{class_names[label]}': {counts[label]} {noun}s are too few: with a share of "
       f'{share:g}, {wanted[label]} would be split off and none of the {present[label]} be left to '
-      'train on. Add images (3 are the least), or give a smaller val_fraction (0 for none) or '
+      f'train on. Add {noun}s (3 are the least), or give a smaller val_fraction (0 for none) or '
       'test_fraction.'
     )
   texts = (f'{salt}/{class_names[k]}/{name}' for k, name in zip(labels, names, strict=True))

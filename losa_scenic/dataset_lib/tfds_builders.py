@@ -17,7 +17,7 @@ import re
 from typing import Any
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import sources
+from losa_scenic.dataset_lib import sources, tfds_video
 
 INFO_FILE = 'dataset_info.json'
 _VERSION = re.compile(r'\d+\.\d+\.\d+')
@@ -35,11 +35,13 @@ def tfds_module() -> Any:
   # Else TensorFlow, where it is installed, first looks for Google Cloud for many seconds.
   os.environ.setdefault('NO_GCE_CHECK', 'true')
   try:
-    return importlib.import_module('tensorflow_datasets')
+    tfds = importlib.import_module('tensorflow_datasets')
   except ModuleNotFoundError as error:
     raise errors.UserError(
       f'TFDS sets need tensorflow_datasets ({error}): pip install losa_scenic[tfds].'
     ) from error
+  tfds_video.open_without_tensorflow(tfds.features)
+  return tfds
 
 
 def data_folder(root: str | None) -> pathlib.Path:

@@ -1,6 +1,7 @@
-"""Images of a TFDS set in array_record files, by position, without TensorFlow.
+"""Images or clips of a TFDS set in array_record files, by position, without TensorFlow.
 
-Encoded images stay encoded, and of an example only the features that are asked for are parsed.
+Encoded images stay encoded, clips are lists of them, and of an example only the features that are
+asked for are parsed.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import sources, tfds_builders
+from losa_scenic.dataset_lib import sources, tfds_builders, tfds_video
 from losa_scenic.dataset_lib.sources import BadImage, Record
 
 # An example as TFDS gives it: feature -> bytes, number, array, or a dict or list of these.
@@ -25,7 +26,8 @@ class Fields:
 
   Attributes:
     num_classes: labels lie in [0, num_classes).
-    image_key: feature of the image: encoded, or pixels uint8 [h, w, 1] or [h, w, 3].
+    image_key: feature of the image: encoded, or pixels uint8 [h, w, 1] or [h, w, 3]; or of the
+      clip: a sequence of encoded images, such as a `Video`, or pixels uint8 [t, h, w, 1 or 3].
     label_key: feature of the label, if `label` is None.
     label: makes the label from the example where it is not stored as such.
     label_features: the features that `label` reads, e.g. {'objects': {'type': True}}.
@@ -59,14 +61,22 @@ class Fields:
       if key not in features:
         raise errors.unknown(f'feature of {where}', key, features)
     feature = features[self.image_key]
-    if isinstance(feature, tfds.features.Image):
+    if isinstance(feature, tfds.features.Image) or tfds_video.is_frames(feature, tfds.features):
       return {self.image_key: tfds.decode.SkipDecoding()}
-    if feature.np_dtype != np.uint8 or feature.shape[-1:] not in ((1,), (3,)):
+    shape = getattr(feature, 'shape', None)
+    if not isinstance(shape, tuple) or feature.np_dtype != np.uint8 or not _is_pixels(shape):
       raise errors.UserError(
         f"Feature '{self.image_key}' of {where} is no image: {feature}. Needed is an encoded image "
-        'or uint8 [h, w, 1] or [h, w, 3].'
+        'or uint8 [h, w, 1] or [h, w, 3], or a clip of such frames.'
       )
     return None
+
+  def is_clip(self, features: Any) -> bool:
+    """Whether the set holds clips, see `decoders`."""
+    kinds, feature = tfds_builders.tfds_module().features, features[self.image_key]
+    if isinstance(feature, kinds.Image):
+      return False
+    return tfds_video.is_frames(feature, kinds) or len(feature.shape) == 4
 
   def record(self, example: Example, id: str) -> Record:
     """The record of an example that was read with `decoding`.
@@ -82,9 +92,11 @@ class Fields:
         f'{hint}'
       )
     image = example[self.image_key]
-    if isinstance(image, np.ndarray):
+    if isinstance(image, np.ndarray) and image.dtype == object:  # Frames, of TensorFlow.
+      image = image.tolist()
+    elif isinstance(image, np.ndarray):
       # Grey pixels are shown alike in all three channels.
-      image = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:2], 3)))
+      image = np.ascontiguousarray(np.broadcast_to(image, (*image.shape[:-1], 3)))
     if self.image is not None:
       image = self.image(image, id)
     return Record(image, label, id)
@@ -118,7 +130,12 @@ class TfdsSource:
     self._name = builder.info.full_name
     self._decoders = fields.decoders(builder.info.features, self._name)
     self._features = _only(builder.info.features, fields.wanted)
-    raw = tfds_builders.tfds_module().decode.DeserializeMethod.RAW_BYTES
+    tfds = tfds_builders.tfds_module()
+    if tfds_video.is_frames(self._features[fields.image_key], tfds.features):
+      # Without TensorFlow, TFDS has no way to leave the images of a sequence as they are.
+      stored = {**self._features, fields.image_key: tfds_video.stored_frames(tfds.features)}
+      self._features, self._decoders = tfds.features.FeaturesDict(stored), None
+    raw = tfds.decode.DeserializeMethod.RAW_BYTES
     try:
       self._examples = builder.as_data_source(split, deserialize_method=raw)
     except ImportError as error:
@@ -147,6 +164,10 @@ class TfdsSource:
       # Records have checksums: this one is as it was written, and its features.json is wrong.
       raise errors.UserError(f'{id}: TFDS cannot parse it ({_one_line(error)}).') from error
     return self.fields.record(example, id)
+
+
+def _is_pixels(shape: tuple[int | None, ...]) -> bool:
+  return len(shape) in (3, 4) and shape[-1] in (1, 3)
 
 
 def _one_line(error: Exception) -> str:

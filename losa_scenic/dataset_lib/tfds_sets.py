@@ -1,4 +1,4 @@
-"""Any image classification set of TFDS that is prepared as array_record files.
+"""Any set of labelled images or clips of TFDS that is prepared as array_record files.
 
   python -c "import tensorflow_datasets as tfds; \
       tfds.builder('caltech101').download_and_prepare(file_format='array_record')"
@@ -16,6 +16,7 @@ from typing import Any
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import sources, tfds_builders, tfds_records
 
+_IMAGE_KEYS = ('image', 'video')
 # (directory, split, fields) -> the images.
 OpenSource = Callable[[pathlib.Path, str, tfds_records.Fields], sources.Source]
 
@@ -27,7 +28,7 @@ def splits(
   train: str = 'train',
   val: str | None = None,
   test: str | None = None,
-  image_key: str = 'image',
+  image_key: str | None = None,
   label_key: str = 'label',
 ) -> sources.Splits:
   """Opens a prepared set.
@@ -41,7 +42,7 @@ def splits(
     val: images to choose settings with; by default 'validation' if there is one.
     test: images to report on; by default 'test' if there is one, else 'validation', which is then
       not used for choosing.
-    image_key: feature of the image.
+    image_key: feature of the image or clip; by default 'image' if there is one, else 'video'.
     label_key: feature of the label, a `ClassLabel`.
 
   Returns:
@@ -66,7 +67,7 @@ def build_splits(
   train: str,
   val: str | None,
   test: str | None,
-  image_key: str,
+  image_key: str | None,
   label_key: str,
 ) -> sources.Splits:
   """What the data sets of both file formats do.
@@ -95,11 +96,16 @@ def build_splits(
     for later in parts[i + 1 :]:
       tfds_builders.check_disjoint(builder, part, later)
   class_names = _class_names(builder, label_key)
+  if image_key is None:
+    here = [key for key in _IMAGE_KEYS if key in builder.info.features]
+    image_key = here[0] if here else _IMAGE_KEYS[0]
   fields = tfds_records.Fields(len(class_names), image_key, label_key)
   opened = {part: open_source(directory, part, fields) for part in parts}
   for source in opened.values():
     tfds_records.check_first(source)
   roles = [('train', train), ('valid', val), ('test', test)]
+  clips = fields.is_clip(builder.info.features)
+  noun = 'clips' if clips else 'images'
   return sources.Splits(
     train=opened[train],
     valid=None if val is None else opened[val],
@@ -107,8 +113,9 @@ def build_splits(
     class_names=class_names,
     about=(
       f'{builder.info.full_name}, {len(class_names)} classes, in {directory}',
-      *(f'{role}: {counts[part]:,} images, {part}' for role, part in roles if part is not None),
+      *(f'{role}: {counts[part]:,} {noun}, {part}' for role, part in roles if part is not None),
     ),
+    clips=clips,
   )
 
 

@@ -1,8 +1,8 @@
 """TFDS sets prepared as TFRecord, read once into memory with TensorFlow.
 
 TFRecord files have no random access, which the order of training and resuming need. So the encoded
-images of the splits are read at the start and kept; for large sets prepare array_record files and
-use `tfds_sets`. Images are in the same order as there.
+images of the splits, or the frames of clips, are read at the start and kept; for large sets prepare
+array_record files and use `tfds_sets`. Images are in the same order as there.
 
 Needs `pip install losa_scenic[tf]`.
 """
@@ -44,7 +44,7 @@ def splits(
   train: str = 'train',
   val: str | None = None,
   test: str | None = None,
-  image_key: str = 'image',
+  image_key: str | None = None,
   label_key: str = 'label',
   max_gigabytes: float = MAX_GIGABYTES,
 ) -> sources.Splits:
@@ -112,14 +112,19 @@ def read(
   try:
     for example in tfds.as_numpy(dataset):
       records.append(fields.record(example, f'{name}/{split}[{len(records)}]'))
-      image = records[-1].image
-      size += len(image) if isinstance(image, bytes) else image.nbytes
+      size += _size(records[-1].image)
       _check_size(size, max_gigabytes, f'{name}/{split}')
   except tf.errors.OpError as error:
     raise errors.UserError(
       f'{name}/{split}: reading ends at image {len(records)} of {count}: {error.message}'
     ) from error
   return MemorySource(records)
+
+
+def _size(image: Any) -> int:
+  if isinstance(image, list):  # The frames of a clip.
+    return sum(map(len, image))
+  return len(image) if isinstance(image, bytes) else image.nbytes
 
 
 def _check_size(size: float, max_gigabytes: float, name: str) -> None:

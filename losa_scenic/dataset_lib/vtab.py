@@ -29,6 +29,7 @@ from typing import Any
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import (
   folders,
+  list_labels,
   list_rows,
   sources,
   tfds_builders,
@@ -119,7 +120,7 @@ def _from_lists(task: Task, root: str | None) -> sources.Splits:
       f'{folder / folders.CLASSES_FILE}: {len(names)} names, but {task.title} has '
       f'{task.num_classes} classes.'
     )
-  labels, names = list_rows.class_ids(rows, names)
+  labels, names = list_labels.class_ids(rows, names)
   parts = {
     part: sources.FileSource(folder, listed.paths, labels[part], num_classes=len(names))
     for part, listed in rows.items()

@@ -53,13 +53,28 @@ def evaluate(
     batch, predictions = shown
     real = np.flatnonzero(batch['batch_mask'])[:_SHOWN]  # Unreadable images are masked too.
     picture = prediction_grid(
-      batch['inputs'][real],
+      pictures(batch['inputs'][real], len(program.model.backbone.spec.input_shape)),
       batch['label'][real],
       predictions[real],
       dataset.meta_data['class_names'],
     )
     writer.write_images(step, {f'{split}_predictions': picture[None]})
   return values
+
+
+def pictures(inputs: np.ndarray, dimensions: int) -> np.ndarray:
+  """A picture of each input: an image itself; of a clip some frames of its middle view in a row.
+
+  Args:
+    inputs: [k h w 3], [k t h w 3] or [k v t h w 3].
+    dimensions: of one input of the model: 3 for images, 4 for clips.
+
+  Returns:
+    [k h W 3], of clips W is larger than w.
+  """
+  if inputs.ndim > dimensions + 1:
+    inputs = inputs[:, inputs.shape[1] // 2]
+  return np.stack([contact_sheet.strip(clip) for clip in inputs]) if dimensions == 4 else inputs
 
 
 def prediction_grid(
@@ -73,11 +88,11 @@ def prediction_grid(
   """Images with what was predicted: green where right, red (and the true class) where wrong.
 
   Args:
-    inputs: uint8, or float in [-1, 1], [k h w 3].
+    inputs: uint8, or float in [-1, 1], [k h w 3]; wide ones are strips of clips.
     labels: class ids [k].
     predictions: class ids [k].
     class_names: name of each class.
-    columns: images in a row.
+    columns: images in a row; of strips a third as many.
     cell: side of an image in the grid, in pixels.
 
   Returns:
@@ -92,4 +107,6 @@ def prediction_grid(
         pixels, (class_names[predicted], *truth), (color, contact_sheet.GREY), frame=color
       )
     )
+  if inputs.shape[2] > 2 * inputs.shape[1]:
+    columns = max(1, columns // 3)
   return contact_sheet.draw(cells, columns=columns, cell=cell)

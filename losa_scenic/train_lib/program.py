@@ -109,7 +109,7 @@ def _check_inputs(config: Config, dataset: dataset_utils.Dataset, spec: Backbone
   inputs, wanted = tuple(dataset.meta_data['input_shape'][1:]), spec.input_shape
   if inputs != wanted:
     raise errors.UserError(
-      f"Images are {list(inputs)}, but backbone '{config.backbone}' is for {list(wanted)}: leave "
+      f"Inputs are {list(inputs)}, but backbone '{config.backbone}' is for {list(wanted)}: leave "
       'dataset_configs.image_size out, or give backbone_configs.image_size the same value.'
     )
   if config.data_dtype_str != 'uint8' and (*spec.mean, *spec.std) != (0.5,) * 6:

@@ -12,13 +12,21 @@ T = TypeVar('T')
 
 
 class Progress:
-  """Step, loss, images/s and time left.
+  """Step, loss, images (or clips) per second, the share of time spent waiting, and time left.
 
   The speed leaves out the first step of the process, which compiles, and pauses for evaluation.
   """
 
-  def __init__(self, start: int, total: int, batch_size: int, seconds_between_lines: float = 5.0):
-    """Starts at step `start` of `total`."""
+  def __init__(
+    self,
+    start: int,
+    total: int,
+    batch_size: int,
+    seconds_between_lines: float = 5.0,
+    unit: str = 'images',
+  ):
+    """Starts at step `start` of `total`; `unit` is what a batch holds."""
+    self._unit = unit
     self._total, self._batch_size, self._every = total, batch_size, seconds_between_lines
     self._loss = '-'
     self._steps, self._seconds, self._since = 0, 0.0, None
@@ -107,14 +115,25 @@ class Progress:
     return self._seconds + (time.monotonic() - self._since if self._since is not None else 0.0)
 
   def _speed(self) -> str:
-    waiting = f', waits {self.input_wait:.0%} for data' if self.input_wait >= 0.02 else ''
-    return f'{self.images_per_second:.0f} images/s{waiting}'
+    return speed(self.images_per_second, self.input_wait, self._unit)
 
   def close(self) -> None:
     """Ends the bar and the clock."""
     self.pause()
     if self._bar is not None:
       self._bar.close()
+
+
+def speed(rate: float, input_wait: float, unit: str = 'images') -> str:
+  """'82 images/s, waits 3% for data'.
+
+  Args:
+    rate: a second.
+    input_wait: share of the time spent waiting, in [0, 1].
+    unit: what is counted.
+  """
+  number = f'{rate:.0f}' if rate >= 10 else f'{rate:.2g}'
+  return f'{number} {unit}/s, waits {input_wait:.0%} for data'
 
 
 def table(title: str, rows: Mapping[str, Any]) -> str:

@@ -47,8 +47,9 @@ def default_config() -> Config:
   # Model.
   c.model_name = 'classification'
   c.backbone = 'vit_mi8_tin120'  # packaged name, NAME.json or .safetensors, or a preset 'S/16'
-  # Fields of the backbone (`model_lib.spec`): all for a preset; for stored weights the pooling and
-  # the preprocessing; for a public checkpoint also what it does not say.
+  # Fields of the backbone (`model_lib.spec`): all for a preset; for stored weights the pooling,
+  # the preprocessing, and frames, tubelet, factorised and inflation: image backbones for clips;
+  # for a public checkpoint also what it does not say.
   c.backbone_configs = _options(
     **{field: kind for field, kind in spec.field_types().items() if field != 'name'}
   )

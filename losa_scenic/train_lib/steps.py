@@ -31,8 +31,8 @@ def train_step(
   Args:
     state: before the step.
     frozen: the parameters that never change; no gradient is ever taken with respect to them.
-    batch: 'inputs' [b h w 3], 'label', 'batch_mask'; where images are mixed also 'partner_label'
-      and 'label_share'.
+    batch: 'inputs' [b h w 3] or [b t h w 3], 'label', 'batch_mask'; where images are mixed also
+      'partner_label' and 'label_share'.
     flax_model: the adapted model.
     loss_fn: `loss_fn(logits, batch)` -> scalar that is minimised, with the method's penalty if it
       has one.
@@ -104,7 +104,24 @@ def eval_step(
   flax_model: Adapted,
   metrics_fn: MetricsFn,
 ) -> tuple[dict[str, Any], Array]:
-  """Metrics of one batch (padded examples carry batch_mask 0), and the predicted classes [b]."""
+  """Metrics of one batch (padded examples carry batch_mask 0), and the predicted classes [b].
+
+  Where 'inputs' has several views of each clip, [b v t h w 3], the logits of a clip are the mean of
+  those of its views (Arnab et al. 2021, section 4.1). One view of the batch is run at a time.
+  """
   variables = {'params': combine(state.trainable, frozen), **state.model_state}
-  logits: Any = flax_model.apply(variables, batch['inputs'], train=False)
+
+  def apply(inputs: Array) -> Array:
+    logits: Any = flax_model.apply(variables, inputs, train=False)
+    return logits
+
+  inputs = batch['inputs']
+  if inputs.ndim == len(flax_model.spec.input_shape) + 2:
+
+    def view(i: Array) -> Array:
+      return apply(jax.lax.dynamic_index_in_dim(inputs, i, axis=1, keepdims=False))
+
+    logits = jax.lax.map(view, jnp.arange(inputs.shape[1])).mean(0)
+  else:
+    logits = apply(inputs)
   return dict(metrics_fn(logits, batch)), logits.argmax(-1)

@@ -68,6 +68,7 @@ def content(
       'interpolation': meta_data.get('interpolation', ''),
       'central_crop': meta_data.get('central_crop'),
       'train_crops': meta_data.get('train_crops'),
+      'clips': meta_data.get('clips'),
       'mean': list(spec.mean),
       'std': list(spec.std),
     },
@@ -118,8 +119,25 @@ def data_lines(meta_data: Mapping[str, Any], spec: BackboneSpec) -> list[str]:
     *(f'data: {line}' for line in meta_data.get('about', ())),
     f'data: {len(names)} classes ({shown}); '
     + ', '.join(f'{count:,} {name}' for count, name in counts if count),
+    *_clip_lines(meta_data.get('clips')),
     f'data: {view} to {spec.image_size} x {spec.image_size}, {meta_data.get("interpolation")}; '
     f'mean {mean}, std {std}',
+  ]
+
+
+def _clip_lines(sampling: Mapping[str, Any] | None) -> list[str]:
+  if sampling is None:
+    return []
+  rate = sampling['frames_per_second']
+  every = f'{sampling["frame_stride"]} apart' if sampling['frame_stride'] > 1 else 'one by one'
+  short = {'loop': 'begin again', 'pad': 'stand still at their last frame'}
+  views = sampling['num_test_clips'] * sampling['num_test_crops']
+  return [
+    f'data: clips of {sampling["num_frames"]} frames, '
+    + (every if rate is None else f'{rate:g} a second')
+    + f'; shorter ones {short[sampling["short_clips"]]}; {views} '
+    + ('view' if views == 1 else 'views')
+    + ' of each in testing'
   ]
 
 
@@ -174,7 +192,8 @@ def _speed(summary: Mapping[str, Any]) -> str:
   rate, wait = summary['train_images_per_second'], summary.get('input_wait')
   if not rate:
     return 'nothing left to train'
-  return f'{rate:.0f} images/s' + (f', waiting {wait:.0%} for data' if (wait or 0) >= 0.02 else '')
+  unit = 'clips' if summary['preprocessing'].get('clips') else 'images'
+  return progress.speed(rate, wait or 0.0, unit)
 
 
 def export_backbone(

@@ -116,7 +116,9 @@ def _run(
   total, first = program.total_steps, start or 0
   eval_every = config.log_eval_steps or program.steps_per_epoch
   save_every = config.checkpoint_steps or program.steps_per_epoch
-  bar = progress.Progress(first, total, config.batch_size)
+  bar = progress.Progress(
+    first, total, config.batch_size, unit='clips' if dataset.meta_data.get('clips') else 'images'
+  )
   name = dataset.meta_data.get('name') or config.dataset_name
   bar.say(_headline(program, state, config, start, name))
   for line in (

@@ -8,7 +8,7 @@ import pytest
 from reference.random_batches import SIDE, images, rngs
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import augment
+from losa_scenic.dataset_lib import augment, mixing
 from losa_scenic.dataset_lib.augment import Augment
 
 # What each field does alone. The fields that only say how another one works are below.
@@ -25,13 +25,14 @@ def test_by_default_nothing_happens():
   assert not (off.active or off.crops or off.mixes)
   image = images(1)[0]
   assert augment.apply(off, rngs(1)[0], image) is image
-  mixed = augment.mix(off, rngs(3), images(3), np.arange(3))
+  mixed = mixing.mix(off, rngs(3), images(3), np.arange(3))
   np.testing.assert_array_equal(mixed.images, images(3))
   np.testing.assert_array_equal(mixed.share, 1)
 
 
 def test_every_field_that_is_on_changes_images():
   tested = {*ALONE, 'min_crop_area', 'randaugment_magnitude', 'mixup_alpha', 'cutmix_alpha'}
+  tested |= {'square_crops', 'min_scale', 'max_scale'}
   assert {field.name for field in dataclasses.fields(Augment)} == tested | {'interpolation'}
   before = images(20)
   for field, value in ALONE.items():
@@ -50,9 +51,10 @@ def test_every_field_that_is_on_changes_images():
   for field in ('mixup_alpha', 'cutmix_alpha'):
     on = Augment(**{field: 1.0})
     assert on.active and on.mixes and not on.crops
-    mixed = augment.mix(on, rngs(20), before, np.zeros(20, np.int32))
+    mixed = mixing.mix(on, rngs(20), before, np.zeros(20, np.int32))
     assert np.mean(np.any(mixed.images != before, axis=(1, 2, 3))) > 0.7
-  assert Augment(min_crop_area=0.5).crops and Augment(min_crop_area=0.5).active
+  for on in (Augment(min_crop_area=0.5), Augment(square_crops=True)):
+    assert on.crops and on.active and not on.alone and not on.mixes
 
 
 @pytest.mark.parametrize('field, values', [
@@ -92,7 +94,7 @@ def test_bounds_of_the_ranges_are_allowed():
     cutmix_alpha=100,
   )
   for on in (lowest, highest):
-    mixed = augment.mix(on, rngs(2), images(2), np.arange(2))
+    mixed = mixing.mix(on, rngs(2), images(2), np.arange(2))
     for rng, image in zip(rngs(2, epoch=1), mixed.images, strict=True):
       assert augment.apply(on, rng, image).shape == image.shape
 
@@ -249,7 +251,7 @@ def test_seed_epoch_and_index_decide_everything():
     draws = rngs(8, seed, epoch)
     crops = [augment.random_crop(rng, 100, 120, on.min_crop_area) for rng in draws]
     done = [augment.apply(on, rng, image) for rng, image in zip(draws, before, strict=True)]
-    return crops, augment.mix(on, draws, np.stack(done), np.arange(8))
+    return crops, mixing.mix(on, draws, np.stack(done), np.arange(8))
 
   (crops, mixed), (same_crops, same) = run(3, 1), run(3, 1)
   assert crops == same_crops and len(set(crops)) == 8

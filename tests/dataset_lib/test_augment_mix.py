@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 from reference.random_batches import SIDE, images, rngs
 
-from losa_scenic.dataset_lib import augment
+from losa_scenic.dataset_lib import mixing
 from losa_scenic.dataset_lib.augment import Augment
 
 
 def test_mixup_mixes_neighbours_by_their_shares():
   before, labels = images(7), np.arange(10, 17)
-  mixed = augment.mix(Augment(mixup_alpha=0.8), rngs(7), before, labels)
+  mixed = mixing.mix(Augment(mixup_alpha=0.8), rngs(7), before, labels)
   assert mixed.images.dtype == np.uint8 and mixed.images.shape == before.shape
   assert mixed.partner_labels.dtype == np.int32 and mixed.share.dtype == np.float32
   np.testing.assert_array_equal(mixed.partner_labels, [11, 10, 13, 12, 15, 14, 16])
@@ -25,20 +25,20 @@ def test_mixup_mixes_neighbours_by_their_shares():
 
 def test_empty_slots_are_mixed_with_nothing():
   before, labels = images(8), np.arange(8)
-  mixed = augment.mix(Augment(mixup_alpha=0.8), rngs(5), before, labels)
+  mixed = mixing.mix(Augment(mixup_alpha=0.8), rngs(5), before, labels)
   np.testing.assert_array_equal(mixed.partner_labels, [1, 0, 3, 2, 4, 5, 6, 7])
   np.testing.assert_array_equal(mixed.images[4:], before[4:])
   np.testing.assert_array_equal(mixed.share[4:], 1)
   assert (mixed.share[:4] < 1).all()
   with pytest.raises(ValueError, match='9 generators for 8 images'):
-    augment.mix(Augment(mixup_alpha=0.8), rngs(9), before, labels)
+    mixing.mix(Augment(mixup_alpha=0.8), rngs(9), before, labels)
 
 
 @pytest.mark.parametrize('field', ['mixup_alpha', 'cutmix_alpha'])
 @pytest.mark.parametrize('alpha, spread', [(0.2, 0.42), (1.0, 0.289), (8.0, 0.121)])
 def test_shares_are_beta_distributed(field, alpha, spread):
   before = images(1000, side=4 if field == 'mixup_alpha' else 16)
-  mixed = augment.mix(Augment(**{field: alpha}), rngs(1000), before, np.zeros(1000, np.int32))
+  mixed = mixing.mix(Augment(**{field: alpha}), rngs(1000), before, np.zeros(1000, np.int32))
   share = mixed.share.astype(float)
   # The larger of the two shares. Rows of boxes are rounded; those that reach over the edge are cut.
   assert share.min() >= (0.5 if field == 'mixup_alpha' else 0.4) and share.max() <= 1
@@ -53,7 +53,7 @@ def test_cutmix_pastes_one_box_and_counts_its_pixels():
   before = np.zeros((200, SIDE, SIDE, 3), np.uint8)
   before[1::2] = 255
   before.flags.writeable = False
-  mixed = augment.mix(Augment(cutmix_alpha=1.0), rngs(200), before, np.arange(200) % 2)
+  mixed = mixing.mix(Augment(cutmix_alpha=1.0), rngs(200), before, np.arange(200) % 2)
   for i in range(200):
     pasted = np.all(mixed.images[i] == before[i ^ 1], axis=2)
     assert (pasted | np.all(mixed.images[i] == before[i], axis=2)).all()
@@ -68,7 +68,7 @@ def test_both_mixes_are_drawn_half_of_the_time():
   before = np.zeros((300, SIDE, SIDE, 3), np.uint8)
   before[1::2] = 255
   on = Augment(mixup_alpha=4.0, cutmix_alpha=4.0)
-  mixed = augment.mix(on, rngs(300), before, np.zeros(300, np.int32))
+  mixed = mixing.mix(on, rngs(300), before, np.zeros(300, np.int32))
   blended = np.any((mixed.images > 0) & (mixed.images < 255), axis=(1, 2, 3))
   assert 110 < blended.sum() < 190
 
@@ -76,9 +76,9 @@ def test_both_mixes_are_drawn_half_of_the_time():
 def test_parts_of_a_batch_give_the_images_of_the_whole():
   on = Augment(mixup_alpha=0.4, cutmix_alpha=1.0)
   before, labels = images(12), np.arange(12)
-  whole = augment.mix(on, rngs(12), before, labels)
+  whole = mixing.mix(on, rngs(12), before, labels)
   parts = (np.s_[:6], np.s_[6:])
-  halves = [augment.mix(on, rngs(12)[part], before[part], labels[part]) for part in parts]
+  halves = [mixing.mix(on, rngs(12)[part], before[part], labels[part]) for part in parts]
   for name in whole._fields:
     joined = np.concatenate([getattr(half, name) for half in halves])
     np.testing.assert_array_equal(joined, getattr(whole, name))

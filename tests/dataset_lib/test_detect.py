@@ -9,6 +9,10 @@ import pytest
 from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import datasets, detect
 
+SHARED = pathlib.Path(
+  os.environ.get('LOSA_SHARED_DATA', pathlib.Path(__file__).parents[3] / 'shared' / 'data')
+)
+SOMETHING = ('labels', 'train', 'validation')
 CASES = [
   ('image_pack', ['x.npz'], 'x.npz'),
   ('image_list', ['some.csv'], 'some.csv'),
@@ -30,6 +34,23 @@ CASES = [
   ('tfds', ['config/1.0.0/dataset_info.json', 'config/1.0.0/features.json'], ''),
   ('image_folder', ['train/cat/0.jpg', 'train/dog/0.jpg', 'test/cat/1.jpg'], ''),
   ('image_folder', ['cat/0.JPEG', 'dog/0.png', 'README.md'], ''),
+  ('clip_folder', ['train/run/0.mp4', 'train/jump/0.avi', 'test/run/1.mp4'], ''),
+  ('clip_folder', ['run/0.MP4', 'jump/0.webm', 'README.md'], ''),
+  ('image_folder', ['cat/0.gif', 'dog/0.gif'], ''),
+  ('clip_list', ['train.csv', 'test.csv', 'clips/0.mp4'], ''),
+  ('clip_list', ['train.txt', 'a/b/c/0.mkv'], ''),
+  ('clip_list', ['labels.tsv', 'clips/0.mp4'], ''),
+  ('clip_list', ['some.csv', 'clips/0.mp4'], 'some.csv'),
+  ('clip_list', ['clips.csv', 'run/0.mp4', 'jump/0.mp4'], ''),
+  ('clip_list', ['clips.csv', 'notes.csv', 'run/0.mp4', 'run/0.jpg'], ''),
+  ('image_list', ['clips.csv', 'images/0.jpg'], ''),
+  ('image_list', ['train800.txt', 'clips/0.gif'], ''),
+  ('kinetics', ['annotations/train.csv', 'annotations/val.csv', 'train/run/a.mp4'], ''),
+  ('kinetics', ['train.csv', 'validate.csv', 'test.csv', 'train/run/a.mp4'], ''),
+  ('kinetics', ['kinetics_train.csv', 'kinetics_val.csv', 'a.mp4'], ''),
+  ('something_v2', ['labels.json', 'train.json', 'validation.json', 'test.json', 'v/1.webm'], ''),
+  ('something_v2', [f'labels/{name}.json' for name in ('labels', 'train', 'validation')], ''),
+  ('something_v2', [f'something-something-v2-{x}.json' for x in SOMETHING], ''),
 ]
 
 
@@ -43,6 +64,13 @@ def make(root: pathlib.Path, names) -> None:
 def test_what_it_is(tmp_path, expected, names, at):
   make(tmp_path, names)
   assert detect.detect(str(tmp_path / at)) == expected
+
+
+def test_the_shared_clips_are_a_list():
+  folder = SHARED / 'video' / 'fight'
+  if not folder.is_dir():
+    pytest.skip(f'no clips in {folder}')
+  assert detect.detect(str(folder)) == detect.detect(str(folder / 'clips.csv')) == 'clip_list'
 
 
 def test_every_answer_is_a_data_set():
@@ -60,6 +88,23 @@ def test_every_answer_is_a_data_set():
     (
       ['notes.csv', 'cat/0.jpg', 'dog/0.jpg'],
       r"'image_list' \(notes\.csv\) and 'image_folder' \(cat/ and dog/ with images\)",
+    ),
+    (
+      ['notes.csv', 'run/0.mp4', 'jump/0.mp4'],
+      r"'clip_list' \(notes\.csv\) and 'clip_folder' \(jump/ and run/ with clips\)",
+    ),
+    (
+      ['train.csv', 'images/0.jpg', 'clips/0.mp4'],
+      r"'image_list' \(train\.csv\) and 'clip_list' \(train\.csv\)",
+    ),
+    (
+      ['train/a/0.jpg', 'train/b/0.mp4'],
+      r"'image_folder' \(train/ with folders\) and 'clip_folder' \(train/ with folders of clips\)",
+    ),
+    (
+      # Kinetics' own tables, or lists of paths that another project made of it.
+      ['train.csv', 'val.csv', 'train/-_AbCdEfGhI_000010_000020.mp4'],
+      r"'clip_list' \(train\.csv\) and 'kinetics' \(train\.csv\): choose with",
     ),
     (['1.npz', 'README'], r'is no data set that is known\. There is 1\.npz, README\. Looked for:'),
     (['images/0.jpg'], r'There is images/\.'),

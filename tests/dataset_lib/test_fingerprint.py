@@ -5,8 +5,9 @@ import pathlib
 import numpy as np
 import pytest
 
-from losa_scenic.dataset_lib import sources
+from losa_scenic.dataset_lib import clip_files, sources
 from losa_scenic.dataset_lib.fingerprint import fingerprint
+from losa_scenic.dataset_lib.frame_sampling import Segment
 
 NAMES = tuple(f'{i}.png' for i in range(8))
 LABELS = (0, 1, 2, 0, 1, 2, 0, 1)
@@ -93,3 +94,83 @@ def test_names_and_labels_are_read_and_images_almost_not():
   fingerprint(sources.Concat(halves))
   # Three of the whole, of each half and of both together; the whole is asked once.
   assert len(read) == 12 and set(read) == {0, 250, 499, 500, 750, 999}
+
+
+def clips(root: pathlib.Path, segments=None) -> clip_files.ClipFiles:
+  plain = files(root)
+  return clip_files.ClipFiles(root, NAMES, plain.labels, num_classes=3, segments=segments)
+
+
+def test_a_folder_of_clips_may_move(tmp_path):
+  segments = [Segment(i, None if i % 2 else i + 2.5) for i in range(8)]
+  before = [fingerprint(clips(tmp_path / 'a', parts)) for parts in (None, segments)]
+  (tmp_path / 'a').rename(tmp_path / 'b')
+  assert [fingerprint(clips(tmp_path / 'b', parts)) for parts in (None, segments)] == before
+
+
+def test_every_change_of_clips_is_noticed(tmp_path):
+  root = tmp_path / 'a'
+  whole = [Segment()] * 8
+  changed = [
+    files(root),
+    clips(root),
+    clips(root, whole),
+    # Neither is one of the three whose content is read.
+    clips(root, [*whole[:5], Segment(1.0), *whole[6:]]),
+    clips(root, [*whole[:5], Segment(0.0, 1.0), *whole[6:]]),
+    sources.Subset(clips(root, [*whole[:7], Segment(0.5)]), [7]),
+    sources.Subset(clips(root), [7]),
+  ]
+  assert len({fingerprint(source) for source in changed}) == len(changed)
+
+
+@pytest.mark.parametrize('index', [0, 4, 7])
+def test_of_three_clips_the_size_and_the_ends_count(tmp_path, index):
+  source = clips(tmp_path / 'a')
+  path, content = source.root / NAMES[index], bytes(200_000)
+  found = []
+  for place in (None, 0, 65_535, 100_000, 200_000 - 65_536, 199_999):
+    changed = bytearray(content)
+    if place is not None:
+      changed[place] = 1
+    path.write_bytes(changed)
+    found.append(fingerprint(source))
+  # What lies between is not read.
+  assert found.pop(3) == found[0]
+  path.write_bytes(bytes(200_001))
+  found.append(fingerprint(source))
+  path.unlink()
+  found.append(fingerprint(source))
+  assert len(set(found)) == len(found) == 7
+
+
+class OneClip:
+  """One record."""
+
+  def __init__(self, image) -> None:
+    self.image = image
+
+  def __len__(self):
+    return 1
+
+  def __getitem__(self, index):
+    return sources.Record(self.image, 0, 'clip')
+
+
+def test_clips_of_frames_and_of_pixels():
+  pixels = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
+  images = [
+    [b'ab', b'c'],
+    [b'a', b'bc'],
+    [b'abc'],
+    b'abc',
+    [],
+    [b'c', b'ab'],
+    pixels,
+    pixels[::-1],
+    pixels.reshape(2, 4, 3, 3),
+  ]
+  found = [fingerprint(OneClip(image)) for image in images]
+  assert len(set(found)) == len(images)
+  assert fingerprint(OneClip([b'ab', b'c'])) == found[0]
+  assert fingerprint(OneClip(np.flip(pixels, 0).copy())) == found[7]

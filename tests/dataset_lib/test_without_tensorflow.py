@@ -37,7 +37,7 @@ sys.exit(status)
 def test_all_modules_and_the_sets_of_libraries():
   for package in ('tensorflow_datasets', 'datasets'):
     pytest.importorskip(package, reason=f'{package} is not installed')
-  tests = ['test_tfds_sets.py', 'test_vtab_tfds.py', 'test_hugging_face.py']
+  tests = ['test_tfds_sets.py', 'test_tfds_video.py', 'test_vtab_tfds.py', 'test_hugging_face.py']
   done = subprocess.run(
     [sys.executable, '-c', PROGRAM, *(str(HERE / name) for name in tests)],
     capture_output=True,

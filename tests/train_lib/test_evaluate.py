@@ -1,12 +1,16 @@
 """Evaluation counts every image once, whatever the batch size; the picture shows predictions."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from losa_scenic.adapt_lib.method import combine
-from losa_scenic.dataset_lib import datasets, digits, resize, sources
+from losa_scenic.dataset_lib import contact_sheet, datasets, digits, resize, sources
+from losa_scenic.dataset_lib.augment import Augment
+from losa_scenic.dataset_lib.clip_reader import ClipReader, Sampling
 from losa_scenic.dataset_lib.dataset_utils import Pipeline, make_dataset
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import evaluate, metrics, program, run_config
@@ -135,6 +139,87 @@ def test_unreadable_images_are_not_counted_and_not_shown(by_hand, monkeypatch):
   np.testing.assert_array_equal(shown_labels, labels[kept[:24]])
   np.testing.assert_array_equal(shown_predictions, predictions[kept[:24]])
   assert len(inputs) == 24 and inputs.reshape(24, -1).any(1).all()
+
+
+class Noise:
+  """Clips of noise in memory."""
+
+  def __len__(self) -> int:
+    return 5
+
+  def __getitem__(self, index: int) -> sources.Record:
+    pixels = np.random.default_rng(index).integers(0, 256, (11, 20, 30, 3), np.uint8)
+    return sources.Record(pixels, index % 3, f'noise {index}')
+
+
+@pytest.mark.parametrize('views', [(1, 1), (2, 3)])
+def test_logits_of_several_views_are_averaged(views, monkeypatch):
+  clips, crops = views
+  config = run_config.default_config()
+  config.update(backbone='test/8', random_backbone=True, method='linear', num_training_steps=1)
+  config.backbone_configs.update(frames=4, tubelet=2)
+  config.lr_configs.base_learning_rate, config.eval_batch_size = 0.1, 4
+  config = run_config.resolve(config)
+  sampling = Sampling(4, num_test_clips=clips, num_test_crops=crops)
+  view = resize.View(SIDE, central_crop=0.9)
+  dataset = make_dataset(
+    sources.Splits(Noise(), Noise(), Noise(), tuple('abc'), clips=True),
+    Pipeline(4, 4, 0, 'uint8', view, sampling),
+  )
+  made, state = program.build_program(
+    rng=jax.random.key(0), config=config, model_cls=ClassificationModel, dataset=dataset
+  )
+  rng = np.random.default_rng(0)
+  trainable = jax.tree.map(
+    lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), state.trainable
+  )
+  state = state.replace(trainable=trainable)
+  grids = []
+  monkeypatch.setattr(evaluate, 'prediction_grid', lambda *args: grids.append(args) or np.zeros(1))
+  values = evaluate.evaluate(made, state, dataset, 'test', 7, Notes())
+
+  # Five clips in batches of four: every clip by itself, every view by itself.
+  reader = ClipReader(Noise(), view, sampling, Augment(), split='test')
+  variables = {'params': combine(jax.device_get(state.trainable), jax.device_get(made.frozen))}
+  apply = jax.jit(functools.partial(made.model.flax_model.apply, variables, train=False))
+  logits, strips = [], []
+  for index in range(5):
+    shown = reader.show(index, 0)[0].reshape(clips * crops, 4, SIDE, SIDE, 3)
+    logits.append(np.mean([np.asarray(apply(view[None])[0], np.float64) for view in shown], 0))
+    strips.append(contact_sheet.strip(shown[clips * crops // 2]))
+  logits, labels = np.array(logits), np.arange(5) % 3
+  shares = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+  losses = -np.log(shares[np.arange(5), labels])
+  assert values['test_loss'] == pytest.approx(losses.mean(), rel=1e-5)
+  assert values['test_accuracy'] == pytest.approx((logits.argmax(1) == labels).mean())
+  inputs, shown_labels, predictions, _ = grids[0]
+  np.testing.assert_array_equal(predictions, logits.argmax(1)[:4])
+  np.testing.assert_array_equal(shown_labels, labels[:4])
+  np.testing.assert_array_equal(inputs, strips[:4])
+  # Validation shows one view only.
+  if clips > 1:
+    one = evaluate.evaluate(made, state, dataset, 'valid', 7, Notes())
+    assert one['valid_loss'] != pytest.approx(values['test_loss'], rel=1e-4)
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.float32])
+def test_a_clip_is_shown_as_frames_of_its_middle_view(dtype):
+  rng = np.random.default_rng(0)
+  images, views = rng.random((2, 8, 8, 3)).astype(dtype), rng.random((2, 3, 9, 8, 8, 3))
+  views = (views * (255 if dtype == np.uint8 else 1)).astype(dtype)
+  assert evaluate.pictures(images, 3) is images
+  shown = evaluate.pictures(views, 4)
+  assert shown.dtype == dtype and shown.shape[:2] == (2, 8)
+  for picture, clip in zip(shown, views[:, 1], strict=True):
+    np.testing.assert_array_equal(picture, contact_sheet.strip(clip))
+    np.testing.assert_array_equal(picture[:, :8], clip[0])
+    np.testing.assert_array_equal(picture[:, -8:], clip[-1])
+  np.testing.assert_array_equal(evaluate.pictures(views[:, 1], 4), shown)
+  sheet = evaluate.prediction_grid(
+    shown, np.array([0, 1]), np.array([0, 0]), ('a', 'b'), columns=6, cell=64
+  )
+  # Strips are wide: two in a row, where there would be six images.
+  assert sheet.shape[0] < 2 * 64 + 60 and sheet.shape[1] > 2 * 3 * 64
 
 
 def test_sums_over_batches_and_absent_classes():

@@ -40,18 +40,20 @@ def test_lines_without_a_terminal(capsys, monkeypatch):
     bar.show(step)
   printed = capsys.readouterr().err.splitlines()
   assert printed == [
-    'step 6/4000  loss 0.1667  8 images/s  1:06:34 left',
-    'step 11/4000  loss 0.0909  8 images/s  1:06:29 left',
+    'step 6/4000  loss 0.1667  8 images/s, waits 0% for data  1:06:34 left',
+    'step 11/4000  loss 0.0909  8 images/s, waits 0% for data  1:06:29 left',
   ]
 
 
 def test_the_last_line_comes_always(capsys):
-  bar = progress.Progress(0, 1, batch_size=8)
+  bar = progress.Progress(0, 1, batch_size=8, unit='clips')
   bar.step()
   bar.run()
   bar.loss(0.25)
   bar.show(1)
-  assert capsys.readouterr().err == 'step 1/1  loss 0.2500  0 images/s  0:00:00 left\n'
+  assert capsys.readouterr().err == (
+    'step 1/1  loss 0.2500  0 clips/s, waits 0% for data  0:00:00 left\n'
+  )
 
 
 def test_speed_leaves_out_the_first_step_and_pauses(monkeypatch):
@@ -119,7 +121,15 @@ def test_timed_hands_on_everything_and_every_error():
     next(batches)
 
 
-def test_a_long_wait_is_shown_and_a_short_one_is_not(capsys, monkeypatch):
+def test_speeds_have_two_digits_or_more():
+  assert progress.speed(12345.6, 0.0) == '12346 images/s, waits 0% for data'
+  assert progress.speed(10.4, 0.031) == '10 images/s, waits 3% for data'
+  assert progress.speed(9.96, 1.0, 'clips') == '10 clips/s, waits 100% for data'
+  assert progress.speed(3.14, 0.5, 'clips') == '3.1 clips/s, waits 50% for data'
+  assert progress.speed(0.2512, 0.5, 'clips') == '0.25 clips/s, waits 50% for data'
+
+
+def test_waits_are_shown_short_or_long(capsys, monkeypatch):
   now = [0.0]
   monkeypatch.setattr(progress.time, 'monotonic', lambda: now[0])
   bar = progress.Progress(0, 200, batch_size=8, seconds_between_lines=1.0)
@@ -132,7 +142,7 @@ def test_a_long_wait_is_shown_and_a_short_one_is_not(capsys, monkeypatch):
     bar.loss(0.5)
     bar.show(step)
   assert capsys.readouterr().err.splitlines() == [
-    'step 2/200  loss 0.5000  8 images/s  0:03:18 left',
+    'step 2/200  loss 0.5000  8 images/s, waits 1% for data  0:03:18 left',
     'step 3/200  loss 0.5000  8 images/s, waits 13% for data  0:03:17 left',
   ]
 
