@@ -3,31 +3,37 @@
 python -m losa_scenic.bench params --backbone=g/14 --method=losa --set rank=64
 python -m losa_scenic.bench params --all=tests/golden/param_counts.json
 python -m losa_scenic.bench macs --backbone=g/14 --method=losa --set rank=64
+python -m losa_scenic.bench memory --backbone=vivit-e/14x2 --method=losa --set rank=64
 python -m losa_scenic.bench input
+python -m losa_scenic.bench clips
 """
 
 import argparse
 import json
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from losa_scenic.adapt_lib import methods
-from losa_scenic.bench_lib import input_speed, macs, params
+from losa_scenic.bench_lib import clip_speed, gpu_memory, input_speed, macs, params
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import presets
+from losa_scenic.model_lib.attention import WAYS
+from losa_scenic.model_lib.classification_model import LAYER_LOOPS
+from losa_scenic.train_lib import optimizers
+
+# Options of `memory` beside those that all counts share.
+_STEP = ('batch_size', 'dtype', 'optimizer', 'layer_loop', 'remat', 'way', 'target')
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs one command; returns the exit code: 0, or 1 with one message on stderr."""
   args = _parser().parse_args(argv)
   try:
-    if args.command == 'input':
-      for part in input_speed.report(
-        args.root, args.rounds, args.batch_size, args.image_size, args.cores
-      ):
+    if args.command in ('input', 'clips'):
+      for part in _tables(args):
         print(part, end='\n\n', flush=True)
       return 0
     if args.command == 'params' and args.all:
@@ -36,13 +42,27 @@ def main(argv: Sequence[str] | None = None) -> int:
       raise errors.UserError('Give --backbone and --method.')
     options = methods.from_text(args.method, config_lib.pairs('--set', args.set))
     backbone_options = {'pool': args.pool} if args.pool else {}
-    measure = {'params': params.count, 'macs': macs.of_method}[args.command]
-    result = measure(args.backbone, args.method, options, backbone_options, args.num_classes)
+    measure: dict[str, Callable[..., dict[str, Any]]] = {
+      'params': params.count,
+      'macs': macs.of_method,
+      'memory': gpu_memory.of_method,
+    }
+    more = {name: getattr(args, name) for name in _STEP} if args.command == 'memory' else {}
+    result = measure[args.command](
+      args.backbone, args.method, options, backbone_options, args.num_classes, **more
+    )
   except errors.UserError as e:
     print(f'error: {e}', file=sys.stderr)
     return 1
   print(json.dumps(result))
   return 0
+
+
+def _tables(args: argparse.Namespace) -> Iterator[str]:
+  """What a command prints that measures speed."""
+  if args.command == 'input':
+    return input_speed.report(args.root, args.rounds, args.batch_size, args.image_size, args.cores)
+  return clip_speed.report(args.root, args.frames, args.stride, args.rounds)
 
 
 def _check_all(args: argparse.Namespace) -> int:
@@ -52,10 +72,12 @@ def _check_all(args: argparse.Namespace) -> int:
   rows = params.read_rows(pathlib.Path(args.all))
   wrong = 0
   for row in rows:
-    have = params.count(row['backbone'], row['method'], row['set'])['trainable_params']
+    changes = row.get('backbone_options', {})
+    have = params.count(row['backbone'], row['method'], row['set'], changes)['trainable_params']
     same = have == row['trainable_params']
     wrong += not same
-    what = ' '.join([row['backbone'], row['method'], *(f'{k}={v}' for k, v in row['set'].items())])
+    options = (f'{k}={v}' for k, v in (changes | row['set']).items())
+    what = ' '.join([row['backbone'], row['method'], *options])
     print(f'{"ok   " if same else "WRONG"} {have:>13,} {what}', end='')
     print('' if same else f', should be {row["trainable_params"]:,}', flush=True)
   print(f'{len(rows) - wrong} of {len(rows)} rows of {args.all} agree.')
@@ -84,8 +106,33 @@ def _parser() -> argparse.ArgumentParser:
     description='Counts multiply-accumulates of matrix products and convolutions in the traced '
     'forward pass, classifier included.',
   )
+  _add_memory(commands)
   _add_input(commands)
+  _add_clips(commands)
   return parser
+
+
+def _add_memory(commands: Any) -> None:
+  command = _add_command(
+    commands,
+    'memory',
+    help='plan the device memory of a train step on a GPU; needs none',
+    description="Compiles a train step for a GPU that need not be there (with JAX's CUDA plugin: "
+    "pip install 'losa_scenic[gpu]') and prints the memory that it takes, in MiB.",
+  )
+  command.add_argument('--batch_size', type=int, default=1, help='images or clips (default: 1)')
+  for name, default, known, text in (
+    ('dtype', 'bfloat16', gpu_memory.DTYPES, 'of compute and of frozen weights'),
+    ('optimizer', 'momentum', optimizers.OPTIMIZERS, 'of what trains, which is float32'),
+    ('layer_loop', 'auto', LAYER_LOOPS, "loop over layers, as in a run's config"),
+    ('target', 'h100', gpu_memory.TARGETS, 'the GPU'),
+  ):
+    help = f'{text}: {", ".join(known)} (default: {default})'
+    command.add_argument(f'--{name}', default=default, help=help)
+  command.add_argument(
+    '--attention', dest='way', default='fused', help=f'{", ".join(WAYS)} (default: fused)'
+  )
+  command.add_argument('--remat', action='store_true', help='recompute layers in the backward pass')
 
 
 def _add_input(commands: Any) -> None:
@@ -101,6 +148,22 @@ def _add_input(commands: Any) -> None:
     ('batch-size', 64, 'images of a batch'),
     ('image-size', 224, 'side of the result in pixels'),
     ('cores', 1, 'cores to use'),
+  ):
+    command.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
+
+
+def _add_clips(commands: Any) -> None:
+  command = commands.add_parser(
+    'clips',
+    help='time this and other readers of windows of frames from video files',
+    description='Prints markdown: clips per second of one core, and the share of the frames that '
+    'is decoded for them.',
+  )
+  command.add_argument('--root', metavar='FOLDER', help='video files (default: sample videos)')
+  for name, default, text in (
+    ('frames', 32, 'frames of a clip'),
+    ('stride', 2, 'distance between two of them, in frames of the file'),
+    ('rounds', 9, 'passes of each reader'),
   ):
     command.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
 

@@ -16,6 +16,7 @@ import optax
 
 from losa_scenic.adapt_lib.method import combine, partition
 from losa_scenic.common_lib.types import Array, Params
+from losa_scenic.model_lib import attention
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import classification_metrics
 from losa_scenic.model_lib.encoder import Encoded
@@ -34,7 +35,10 @@ def flops(fn: Callable[..., Any], *shapes: Any) -> float:
     fn: a function of arrays, without loops in it.
     *shapes: its arguments as `jax.ShapeDtypeStruct`s.
   """
-  analysis: Any = jax.jit(fn).lower(*shapes).compile().cost_analysis()
+  with attention.using('plain'):  # The others loop or hide their products.
+    # A new function, since jit would reuse what `fn` was traced with.
+    lowered = jax.jit(lambda *args: fn(*args)).lower(*shapes)
+  analysis: Any = lowered.compile().cost_analysis()
   return float(analysis['flops'])
 
 

@@ -79,18 +79,21 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
 
   Args:
     path: a JSON object whose 'rows' are objects with 'backbone', 'method', 'set' (the options, as
-      `methods.build` takes them), 'trainable_params' and, if wanted, a 'source'.
+      `methods.build` takes them), 'trainable_params' and, if wanted, 'backbone_options' (fields of
+      the backbone to change) and a 'source'.
 
   Raises:
     errors.UserError: if there is no such file, or it is not of that form.
   """
   wanted = {'backbone': str, 'method': str, 'set': dict, 'trainable_params': int}
+  also = {'backbone_options': dict, 'source': str}
   try:
     rows = json.loads(path.read_text())['rows']
     for i, row in enumerate(rows):
       for key in row:
-        errors.one_of(f'key in row {i} of {path}', key, (*wanted, 'source'))
-      if any(type(row[key]) is not kind for key, kind in wanted.items()):
+        errors.one_of(f'key in row {i} of {path}', key, (*wanted, *also))
+      given = {key: kind for key, kind in also.items() if key in row}
+      if any(type(row[key]) is not kind for key, kind in (wanted | given).items()):
         raise TypeError(f'row {i}: {row}')
   except FileNotFoundError:
     raise errors.UserError(f'There is no file {path}.') from None

@@ -1,5 +1,9 @@
 """Markdown tables from result rows: mean ± sample standard deviation (number of runs) in each cell.
 
+With `--confidence=0.95`, ± is half the width of the confidence interval of the mean over the runs
+(Student's t), and differences to the reference are those of the same seeds, with their own. Such an
+interval is about seeds; that the test split is a sample, too, is not in it.
+
 python -m losa_scenic.bench_lib.tables results.jsonl --rows=dataset --columns=method
     --value=test_accuracy --scale=100 --reference=linear
 """
@@ -43,6 +47,26 @@ class Cell:
       return None
     finite = all(math.isfinite(value) for value in self.values)
     return statistics.stdev(self.values) if finite else math.nan
+
+  def half_width(self, confidence: float) -> float | None:
+    """Half the width of the confidence interval of the mean; None for a single run."""
+    if self.deviation is None:
+      return None
+    from scipy import stats  # Takes a second to import.
+
+    count = len(self.values)
+    quantile = stats.t.ppf((1 + confidence) / 2, count - 1)
+    return float(quantile) * self.deviation / math.sqrt(count)
+
+  def minus(self, other: 'Cell') -> 'Cell':
+    """The differences of the runs of the same seeds; without pairs a `UserError`."""
+    mine, theirs = (dict(zip(c.seeds, c.values, strict=True)) for c in (self, other))
+    both = [seed for seed in mine if seed in theirs and seed is not None]
+    if not both or len(mine) < len(self.values) or len(theirs) < len(other.values):
+      raise errors.UserError(
+        'Intervals of differences need one run of each seed in both cells: choose with --where.'
+      )
+    return Cell(tuple(mine[seed] - theirs[seed] for seed in both), tuple(both))
 
 
 Cells = Mapping[tuple[str, str], Cell]
@@ -99,6 +123,7 @@ def table(
   scale: float = 1.0,
   reference: str | None = None,
   digits: int = 2,
+  confidence: float | None = None,
 ) -> str:
   """A markdown table of `cells`, its last line the mean of the row means; notes follow below it.
 
@@ -113,6 +138,7 @@ def table(
     scale: see `cells`.
     reference: a column; the others show their difference to it in brackets.
     digits: decimals.
+    confidence: in (0, 1): intervals in the place of deviations; None for deviations.
 
   Returns:
     The text, without a newline at the end.
@@ -120,6 +146,8 @@ def table(
   Raises:
     errors.UserError: as `cells`, and for an unknown `reference`.
   """
+  if confidence is not None and not 0 < confidence < 1:
+    raise errors.UserError(f'--confidence must be in (0, 1), not {confidence}.')
   grid = cells(rows, row_key, column_key, value, scale)
   names = list(dict.fromkeys(row for row, _ in grid))
   columns = list(dict.fromkeys(column for _, column in grid))
@@ -129,12 +157,14 @@ def table(
     )
   lines = [[row_key, *columns], ['---', *('---:' for _ in columns)]]
   for name in names:
-    lines.append([name, *(_cell(grid, name, c, reference, digits) for c in columns)])
+    lines.append([name, *(_cell(grid, name, c, reference, digits, confidence) for c in columns)])
   lines.append(['mean', *(_mean(grid, names, c, reference, digits) for c in columns)])
   text = [
     f'| {" | ".join(entry.replace("|", chr(92) + "|") for entry in line)} |' for line in lines
   ]
   notes = _notes(grid, names, columns, reference)
+  if confidence is not None:
+    notes.append(f'- ±: {confidence:.0%} confidence interval of the mean over the seeds.')
   return '\n'.join(text + ['', *notes] if notes else text)
 
 
@@ -161,6 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser.add_argument('--reference', metavar='COLUMN', help='show differences to this column')
   parser.add_argument('--digits', type=int, default=2, help='decimals (2)')
   parser.add_argument(
+    '--confidence', type=float, metavar='P', help='intervals, e.g. 0.95, in the place of deviations'
+  )
+  parser.add_argument(
     '--where', action='append', default=[], metavar='KEY=VALUE', help='use only rows like this'
   )
   given = parser.parse_args(arguments)
@@ -170,7 +203,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
       rows = _filtered(rows, condition)
     print(
       table(
-        rows, given.rows, given.columns, given.value, given.scale, given.reference, given.digits
+        rows,
+        given.rows,
+        given.columns,
+        given.value,
+        given.scale,
+        given.reference,
+        given.digits,
+        given.confidence,
       )
     )
   except (errors.UserError, OSError) as error:
@@ -189,16 +229,29 @@ def _filtered(rows: Sequence[results.Row], condition: str) -> list[results.Row]:
   return [row for row, value in zip(rows, found, strict=True) if value == wanted]
 
 
-def _cell(grid: Cells, row: str, column: str, reference: str | None, digits: int) -> str:
+def _cell(
+  grid: Cells,
+  row: str,
+  column: str,
+  reference: str | None,
+  digits: int,
+  confidence: float | None,
+) -> str:
+  def spread(cell: Cell) -> str:
+    half = cell.deviation if confidence is None else cell.half_width(confidence)
+    return '' if half is None else f' ± {half:.{digits}f}'
+
   cell = grid.get((row, column))
   if cell is None:
     return MISSING
-  spread = '' if cell.deviation is None else f' ± {cell.deviation:.{digits}f}'
-  text = f'{cell.mean:.{digits}f}{spread} ({len(cell.values)})'
+  text = f'{cell.mean:.{digits}f}{spread(cell)} ({len(cell.values)})'
   base = grid.get((row, reference)) if reference is not None else None
-  if base is not None and column != reference:
-    text += f' [{cell.mean - base.mean:+.{digits}f}]'
-  return text
+  if base is None or column == reference:
+    return text
+  if confidence is None:
+    return f'{text} [{cell.mean - base.mean:+.{digits}f}]'
+  pairs = cell.minus(base)
+  return f'{text} [{pairs.mean:+.{digits}f}{spread(pairs)}]'
 
 
 def _mean(

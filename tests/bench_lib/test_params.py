@@ -84,8 +84,10 @@ def test_a_file_of_counts_is_checked_row_by_row(capsys, tmp_path):
     'set': {'lora': {'rank': 2}},
     'trainable_params': 768 + 3 * (7 * 32 + 64) + 64,
   }
-  assert check(tmp_path, {'rows': [ROW, union]}) == 0
-  assert '2 of 2 rows' in capsys.readouterr().out
+  clip = {'backbone_options': {'pool': 'map', 'frames': 4}, 'set': {'rank': 2, 'map_head': True}}
+  clip |= {'trainable_params': 768 + 2 * 2 * 2 * 32}
+  assert check(tmp_path, {'rows': [ROW, union, ROW | clip]}) == 0
+  assert '3 of 3 rows' in capsys.readouterr().out
   assert check(tmp_path, {'rows': [ROW, ROW | {'trainable_params': 767}]}) == 1
   out = capsys.readouterr().out
   assert 'WRONG' in out and '768 test/8 lora rank=2, should be 767' in out and '1 of 2' in out
@@ -99,6 +101,8 @@ def test_a_file_of_counts_is_checked_row_by_row(capsys, tmp_path):
     ({'rows': [{}]}, 'no file of parameter counts'),
     ({'rows': [ROW | {'pool': 'map'}]}, "Unknown key in row 0 of .* 'pool'"),
     ({'rows': [ROW | {'set': 4}]}, 'row 0'),
+    ({'rows': [ROW | {'backbone_options': 4}]}, 'row 0'),
+    ({'rows': [ROW | {'backbone_options': {'frmes': 4}}]}, "Did you mean 'frames'"),
     ({'rows': [ROW | {'method': 'lora+ssf', 'set': {'lora': 5}}]}, "options of 'lora' must be"),
   ],
 )

@@ -132,3 +132,22 @@ def test_tail_shows_the_last_state_of_rewritten_lines(tmp_path):
   assert results.tail(path, offset=12) == '  | new\n  | 50%\n  | last \ufffd'
   assert results.tail(path, lines=1) == '  | last \ufffd'
   assert 'gone' in results.tail(tmp_path / 'none')
+
+
+def test_confidence_intervals_are_students_and_differences_are_of_pairs():
+  # t quantiles of a printed table: 97.5 % at 2 degrees of freedom is 4.303.
+  runs = {'linear': (0.5, 0.6, 0.4), 'losa': (0.7, 0.9, 0.5)}
+  rows = [_row('dtd', name, v, s) for name, values in runs.items() for s, v in enumerate(values)]
+  half = 4.303 * 10 / 3**0.5, 4.303 * 20 / 3**0.5
+  pairs = 4.303 * statistics.stdev([20, 30, 10]) / 3**0.5
+  lines = _table(rows, scale=100, digits=1, reference='linear', confidence=0.95)
+  want = f'| dtd | 50.0 ± {half[0]:.1f} (3) | 70.0 ± {half[1]:.1f} (3) [+20.0 ± {pairs:.1f}] |'
+  assert lines[2] == want
+  assert lines[-1] == '- ±: 95% confidence interval of the mean over the seeds.'
+  one = _table([_row('dtd', 'losa', 0.5)], confidence=0.95)
+  assert one[2] == '| dtd | 0.50 (1) |'
+  for wrong in (0, 1, 1.5):
+    with pytest.raises(errors.UserError, match='--confidence'):
+      _table(rows, confidence=wrong)
+  with pytest.raises(errors.UserError, match='one run of each seed'):
+    _table([*rows, _row('dtd', 'losa', 0.8, 0)], reference='linear', confidence=0.9)
