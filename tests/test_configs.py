@@ -7,6 +7,7 @@ import subprocess
 import cv2
 import numpy as np
 import pytest
+from reference import kinds
 
 from losa_scenic import app
 from losa_scenic.adapt_lib import fold, methods
@@ -33,7 +34,8 @@ def test_every_method_has_published_settings():
 @pytest.mark.parametrize('method', sorted(methods.METHODS))
 @pytest.mark.parametrize('backbone', ['B/16', 'g/14'])
 def test_published_options_fit_the_method(method, backbone):
-  entry, spec = PUBLISHED.PUBLISHED[method], presets.preset(backbone)
+  entry = PUBLISHED.PUBLISHED[method]
+  spec = presets.preset(backbone, **kinds.changes(method, frames=32))
   assert entry.source and entry.recipe in PUBLISHED.RECIPES
   methods.build(method, spec, entry.options)
   methods.build(method, spec, {**entry.options, **(entry.large if backbone == 'g/14' else {})})
@@ -202,13 +204,14 @@ ROWS = dict(
 
 @pytest.mark.parametrize('method', sorted(methods.METHODS))
 def test_the_readme_says_what_a_method_costs(method):
-  built = methods.build(method, presets.preset('B/16'), PUBLISHED.PUBLISHED[method].options)
+  changes, options = kinds.changes(method, frames=32), PUBLISHED.PUBLISHED[method].options
+  built = methods.build(method, presets.preset('B/16', **changes), options)
   try:
     fold.check(built)
     merges = 'yes'
   except errors.UserError:
     merges = ''
-  count = params.count('B/16', method, PUBLISHED.PUBLISHED[method].options)['trainable_params']
+  count = params.count('B/16', method, options, changes)['trainable_params']
   what, where, *rest = (cell.strip() for cell in ROWS[method].split('|'))
   assert what and rest == [built.memory_class, merges, f'{count:,}']
   named = {name for code in re.findall(r'`([\w+]+)`', where) for name in code.split('+')}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from reference import kinds
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.model_lib import presets
@@ -36,7 +37,7 @@ def test_no_file_is_longer_than_400_lines():
 def test_a_method_is_one_short_file(name):
   path = pathlib.Path(sys.modules[methods.METHODS[name].__module__].__file__)
   options = {'hst': {'stages': 3}}.get(name, {})
-  built = methods.build(name, presets.preset('test/8'), options)
+  built = methods.build(name, presets.preset('test/8', **kinds.changes(name)), options)
   # DTL's side network rides along inside the encoder.
   is_side = built.side is not None or name == 'dtl'
   assert len(path.read_text().splitlines()) <= (200 if is_side else 120)
