@@ -247,13 +247,14 @@ def test_the_command_draws_strips(root, capsys, tmp_path):
   width = 128 * 4 + 3 * 4 + 4  # Frames four times as large, gaps, margins.
   with Image.open(sheet) as image:
     assert image.size == (3 * width, 20 + 2 * (132 + contact_sheet.caption_height()))
-  views = ('--set', 'num_test_clips=2', '--set', 'num_test_crops=3')
+  views = ('--set', 'num_test_clips=2', '--set', 'num_test_crops=3', '--set', 'central_crop=0.9')
   run(capsys, 'show', *set_, *views, '--split=test', '--count=1', f'--output={sheet}')
   with Image.open(sheet) as image:
     assert image.size == (3 * width, 20 + 2 * (132 + contact_sheet.caption_height()))
     picture = np.asarray(image)[20:]
   rows = picture.reshape(2, -1, 3, width, 3).swapaxes(1, 2)
   options = {'root': str(root), 'val_fraction': 0.0, 'num_test_clips': 2, 'num_test_crops': 3}
+  options['central_crop'] = 0.9
   test = datasets.build_dataset(
     'clip_folder',
     batch_size=2,

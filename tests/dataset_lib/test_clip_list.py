@@ -170,7 +170,7 @@ def test_times_mean_frames(tmp_path):
   (tmp_path / 'train.csv').write_text('path,label,start,end\na.mp4,0,0.4,0.8\n')
   (tmp_path / 'test.csv').write_text('path,label,start,end\na.mp4,0,1.6,\n')
   for part, expected in (('train', range(10, 20)), ('test', range(40, 50))):
-    path, segment = getattr(load(tmp_path), part)[0].image
+    path, segment, _ = getattr(load(tmp_path), part)[0].image
     frames = frame_sampling.frame_range(video_file.probe(path), segment)
     assert video_clips.numbers(video_file.read_frames(path, frames)) == list(expected)
 

