@@ -59,7 +59,7 @@ CASES = [
 ]
 # Compiling a training step takes seconds: of clips, a few methods always, all with -m slow.
 QUICK = {
-  'clips': ['adapter', 'convpass', 'full', 'linear', 'lora', 'losa', 'st_adapter', 'vpt_deep'],
+  'clips': ['full', 'linear', 'losa', 'st_adapter', 'vpt_deep'],
   'factorised': ['losa', 'st_adapter', 'temporal'],
 }
 
