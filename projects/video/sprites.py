@@ -22,7 +22,6 @@ def get_config() -> Config:
   config = QUICKSTART.get_config()
   config.log_eval_steps = 10_000
   config.checkpoint_steps = 10_000
-  config.method_configs.losa.mix_time = True
   return config
 
 
