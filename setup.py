@@ -29,7 +29,6 @@ setuptools.setup(
     'numpy',
     'opencv-python-headless',
     'optax>=0.2.5',
-    'orbax-checkpoint>=0.11',
     'pillow>=10.1',
     'safetensors',
     'scikit-learn',

@@ -1,15 +1,19 @@
 """Flags, locked config, seed and writer around a `main(rng, config, workdir, writer)`, as Scenic's.
 
-A mistake that a user can mend ends with one message on stderr and exit code 1.
+A mistake that a user can mend ends with one message on stderr and exit code 1, as does a disk that
+is full. 3: training has diverged; 4: nothing moved for too long; 128 + n: stopped by signal n.
 """
 
 import difflib
+import errno
 import hashlib
 import itertools
 import json
+import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,11 +23,15 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from losa_scenic.common_lib import errors
+from losa_scenic.common_lib import cluster, errors, hosts
 from losa_scenic.common_lib.types import Config
-from losa_scenic.train_lib import run_config, writers
+from losa_scenic.train_lib import run_config, stopping, writers
 from losa_scenic.train_lib import workdir as workdir_lib
 
+_PROFILE_STEPS = 10
+_LEAVE_SECONDS = 5.0
+# A disk that is full, over quota, read-only, or broken.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _HELP = """\
 usage: python -m losa_scenic.main --config=FILE.py [--config.KEY=VALUE ...] [--workdir=DIR]
 
@@ -32,21 +40,57 @@ usage: python -m losa_scenic.main --config=FILE.py [--config.KEY=VALUE ...] [--w
                        --config.lr_configs.base_learning_rate=0.01
   --workdir=DIR        where checkpoints, curves and summary.json go; the same DIR continues an
                        interrupted run (default: runs/<config>/<method>-<dataset>-<hash>)
+  --profile            traces ten steps for TensorBoard (--config.profile_steps=N: N of them)
+
+Several processes of one run (found out under SLURM, Open MPI and Kubernetes):
+  --coordinator_address=HOST:PORT --num_processes=N --process_id=0...N-1
 """
 
 
 def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
   """Parses the command line, calls `main`, and exits: 0 only if it returned."""
+  status, said = 1, ''
   try:
-    config, workdir = parse(sys.argv if argv is None else argv)
-    writer = writers.create_default_writer(workdir)
+    values, path = _flags(sys.argv if argv is None else argv)
+    cluster.join(values.coordinator_address, values.num_processes, values.process_id)
+    config, workdir = _checked(values, path)
+    workdir_lib.check_free(workdir)
+    writer = writers.create_default_writer(workdir) if hosts.is_first() else writers.MultiWriter()
     main(rng=jax.random.key(config.rng_seed), config=config, workdir=workdir, writer=writer)
+    return
   except errors.UserError as e:
-    print(f'error: {e}', file=sys.stderr)
-    sys.exit(1)
+    status, said = e.exit_code, f'error: {e}'
+  except stopping.Stopped as e:
+    status, said = e.exit_code, f'{e}; the same command continues'
+    _leave_soon(status)
   except KeyboardInterrupt:
-    print('interrupted; the same command continues from the last checkpoint', file=sys.stderr)
-    sys.exit(130)
+    status, said = 130, 'interrupted; the same command continues from the last checkpoint'
+  except OSError as e:
+    if e.errno not in _DISK:
+      raise
+    where = f' ({e.filename})' if e.filename else ''
+    said = (
+      f'error: {e.strerror}{where}. When that is mended, the same command continues from the last '
+      'checkpoint.'
+    )
+  except Exception as e:
+    if jax.process_count() == 1:
+      raise
+    traceback.print_exc()
+    said = f'error: {type(e).__name__} in process {jax.process_index()} of {jax.process_count()}'
+  print(said, file=sys.stderr, flush=True)
+  if jax.process_count() > 1:
+    # Leaving in the usual way waits for the other processes, which may wait for this one.
+    sys.stdout.flush()
+    os._exit(status)
+  sys.exit(status)
+
+
+def _leave_soon(status: int) -> None:
+  """Sees to it that the process ends: a thread may be stuck in a read that never returns."""
+  timer = threading.Timer(_LEAVE_SECONDS, os._exit, (status,))
+  timer.daemon = True
+  timer.start()
 
 
 def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
@@ -56,6 +100,11 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     errors.UserError: for anything wrong with the command line or the config file.
     SystemExit: after --help.
   """
+  return _checked(*_flags(argv))
+
+
+def _flags(argv: Sequence[str]) -> tuple[Any, pathlib.Path]:
+  """The flags' values, and the config file."""
   if any(arg in ('--help', '-h', '--helpfull') for arg in argv):
     print(_HELP, end='')
     sys.exit(0)
@@ -69,6 +118,10 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     'config', None, 'The run.', lock_config=True, flag_values=values, sys_argv=list(argv)
   )
   flags.DEFINE_string('workdir', None, 'Outputs.', flag_values=values)
+  flags.DEFINE_bool('profile', False, 'Trace some steps.', flag_values=values)
+  flags.DEFINE_string('coordinator_address', None, 'Of process 0.', flag_values=values)
+  for name in ('num_processes', 'process_id'):
+    flags.DEFINE_integer(name, None, 'Of this run.', flag_values=values)
   sys.modules.pop('config_config', None)  # Else a second parse would see the first one's file.
   try:
     rest = values(list(argv))
@@ -81,7 +134,15 @@ def parse(argv: Sequence[str]) -> tuple[Config, pathlib.Path]:
     )
   if not isinstance(config, ml_collections.ConfigDict):
     raise errors.UserError(f'{path}: get_config() must return an ml_collections.ConfigDict.')
+  return values, path
+
+
+def _checked(values: Any, path: pathlib.Path) -> tuple[Config, pathlib.Path]:
+  """The config and the workdir that flags name."""
+  config = values.config
   run_config.check(config)
+  if values.profile and not config.profile_steps:
+    config.profile_steps = _PROFILE_STEPS
   overrides = config_flags.get_override_values(values['config'])
   run_config.check_overrides(config, overrides)
   return config, pathlib.Path(values.workdir or default_workdir(path.stem, config))

@@ -4,6 +4,7 @@ python -m losa_scenic.bench params --backbone=g/14 --method=losa --set rank=64
 python -m losa_scenic.bench params --all=tests/golden/param_counts.json
 python -m losa_scenic.bench macs --backbone=g/14 --method=losa --set rank=64
 python -m losa_scenic.bench memory --backbone=vivit-e/14x2 --method=losa --set rank=64
+python -m losa_scenic.bench checkpoint --backbone=g/14 --method=losa --set rank=64
 python -m losa_scenic.bench input
 python -m losa_scenic.bench clips
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from losa_scenic.adapt_lib import methods
-from losa_scenic.bench_lib import clip_speed, gpu_memory, input_speed, macs, params
+from losa_scenic.bench_lib import checkpoint_cost, clip_speed, gpu_memory, input_speed, macs, params
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import presets
@@ -24,8 +25,14 @@ from losa_scenic.model_lib.attention import WAYS
 from losa_scenic.model_lib.classification_model import LAYER_LOOPS
 from losa_scenic.train_lib import optimizers
 
-# Options of `memory` beside those that all counts share.
-_STEP = ('batch_size', 'dtype', 'optimizer', 'layer_loop', 'remat', 'way', 'target')
+# Options of commands beside those that all of a method share.
+_MORE = {
+  'memory': (
+    *('batch_size', 'dtype', 'optimizer', 'layer_loop', 'remat', 'way'),
+    *('target', 'devices', 'fsdp'),
+  ),
+  'checkpoint': ('optimizer', 'saves', 'folder'),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,8 +53,9 @@ def main(argv: Sequence[str] | None = None) -> int:
       'params': params.count,
       'macs': macs.of_method,
       'memory': gpu_memory.of_method,
+      'checkpoint': checkpoint_cost.of_method,
     }
-    more = {name: getattr(args, name) for name in _STEP} if args.command == 'memory' else {}
+    more = {name: getattr(args, name) for name in _MORE.get(args.command, ())}
     result = measure[args.command](
       args.backbone, args.method, options, backbone_options, args.num_classes, **more
     )
@@ -107,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     'forward pass, classifier included.',
   )
   _add_memory(commands)
+  _add_checkpoint(commands)
   _add_input(commands)
   _add_clips(commands)
   return parser
@@ -116,11 +125,16 @@ def _add_memory(commands: Any) -> None:
   command = _add_command(
     commands,
     'memory',
-    help='plan the device memory of a train step on a GPU; needs none',
-    description="Compiles a train step for a GPU that need not be there (with JAX's CUDA plugin: "
-    "pip install 'losa_scenic[gpu]') and prints the memory that it takes, in MiB.",
+    help='plan the device memory of a train step on GPUs; needs none',
+    description="Compiles a train step for GPUs that need not be there (with JAX's CUDA plugin: "
+    "pip install 'losa_scenic[gpu]') and prints the memory that it takes of each, in MiB.",
   )
-  command.add_argument('--batch_size', type=int, default=1, help='images or clips (default: 1)')
+  for name, text in (
+    ('batch_size', 'images or clips of each GPU'),
+    ('devices', 'number of GPUs'),
+    ('fsdp', 'GPUs that share the frozen weights of the layers'),
+  ):
+    command.add_argument(f'--{name}', type=int, default=1, help=f'{text} (default: 1)')
   for name, default, known, text in (
     ('dtype', 'bfloat16', gpu_memory.DTYPES, 'of compute and of frozen weights'),
     ('optimizer', 'momentum', optimizers.OPTIMIZERS, 'of what trains, which is float32'),
@@ -133,6 +147,22 @@ def _add_memory(commands: Any) -> None:
     '--attention', dest='way', default='fused', help=f'{", ".join(WAYS)} (default: fused)'
   )
   command.add_argument('--remat', action='store_true', help='recompute layers in the backward pass')
+
+
+def _add_checkpoint(commands: Any) -> None:
+  command = _add_command(
+    commands,
+    'checkpoint',
+    help='measure size and time of the checkpoints of a run',
+    description='Saves and restores the state of a run (what trains, and the optimizer) and prints '
+    'its size and, as medians, how long training stands still and what happens beside it takes.',
+  )
+  known = ', '.join(optimizers.OPTIMIZERS)
+  command.add_argument('--optimizer', default='momentum', help=f'{known} (default: momentum)')
+  command.add_argument('--saves', type=int, default=9, help='how many saves (default: 9)')
+  command.add_argument(
+    '--folder', metavar='DIR', help='on the disk to measure (default: that of temporary files)'
+  )
 
 
 def _add_input(commands: Any) -> None:

@@ -102,7 +102,8 @@ def _last_classifier(
     try:
       if saved.latest_step() is None:
         raise errors.UserError(f'{workdir} holds no checkpoint.')
-      return np.asarray(saved.restore(state).trainable[HEAD]['kernel'])
+      restored, _ = saved.restore(state)
+      return np.asarray(restored.trainable[HEAD]['kernel'])
     finally:
       saved.close()
 

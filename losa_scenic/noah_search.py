@@ -29,7 +29,7 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils, datasets
 from losa_scenic.model_lib import models
-from losa_scenic.train_lib import evaluate, run_config, trainer, writers
+from losa_scenic.train_lib import evaluate, run_config, trainer
 from losa_scenic.train_lib import workdir as workdir_lib
 from losa_scenic.train_lib.program import Program, build_program
 from losa_scenic.train_lib.state import TrainState
@@ -109,9 +109,7 @@ def accuracy(
   """Accuracy of a choice on the validation split. All choices share one compiled function."""
   variables = {'architecture': {'side': {'widths': jnp.asarray(choice, jnp.int32)}}}
   chosen = state.replace(model_state=variables)
-  nowhere = writers.MultiWriter()
-  step = int(state.global_step)
-  return evaluate.evaluate(program, chosen, dataset, 'valid', step, nowhere)['valid_accuracy']
+  return evaluate.evaluate(program, chosen, dataset, 'valid').values['valid_accuracy']
 
 
 def run(

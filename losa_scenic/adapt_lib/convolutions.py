@@ -91,5 +91,5 @@ _depthwise.defvjp(_forward, _backward)
 
 @jax.jit
 def depthwise_convolution(x: Array, kernel: Array) -> Array:
-  """A call that `bench_lib.macs` knows by its name."""
+  """A call that `model_lib.macs` knows by its name."""
   return _depthwise(x, kernel)

@@ -1,4 +1,4 @@
-"""Device memory of a train step on a GPU that is not there, as XLA's compiler for it plans it.
+"""Memory of a train step on GPUs that are not there, as XLA's compiler for them plans it.
 
 Needs `pip install 'losa_scenic[gpu]'` and no GPU: the program is compiled for a description of one
 and never run. Not counted are what CUDA itself takes (0.3 to 0.5 GB) and JAX's preallocation.
@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.adapt_lib.method import partition
@@ -21,8 +21,12 @@ from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import DType
 from losa_scenic.model_lib import attention
 from losa_scenic.model_lib.adapted import Adapted
-from losa_scenic.model_lib.classification_model import LAYER_LOOPS, ClassificationModel
-from losa_scenic.train_lib import optimizers, steps
+from losa_scenic.model_lib.classification_model import (
+  LAYER_LOOPS,
+  ClassificationModel,
+  is_scanned,
+)
+from losa_scenic.train_lib import optimizers, sharding, steps
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.weights_lib import backbones
 
@@ -49,7 +53,7 @@ _OPTIONS = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-  """Bytes on the device.
+  """Bytes on one device.
 
   Attributes:
     arguments: weights, optimizer state, batch.
@@ -78,23 +82,29 @@ def compile_step(
   frozen_dtype: DType = jnp.bfloat16,
   way: str = 'fused',
   target: str = 'h100',
+  devices: int = 1,
+  fsdp: int = 1,
 ) -> Any:
-  """The train step of one batch, compiled for a GPU (`jax.stages.Compiled`).
+  """The train step of one batch, compiled for GPUs of one host (`jax.stages.Compiled`).
 
   Args:
     model: the adapted model; its dtype and layer loop count.
     tx: the optimizer.
-    batch_size: images or clips, uint8.
+    batch_size: images or clips of each device, uint8.
     frozen_dtype: dtype that frozen parameters are stored in; trained ones are float32.
     way: of attention, see `attention.using`.
     target: the GPU, a key of `TARGETS`.
+    devices: number of GPUs.
+    fsdp: GPUs that share the frozen weights of the layers.
 
   Raises:
-    errors.UserError: without JAX's CUDA plugin, and for an unknown GPU.
+    errors.UserError: without JAX's CUDA plugin, for an unknown GPU, and as `sharding`.
   """
-  on_device = _on_device(target)
+  mesh = _mesh(target, devices, fsdp)
+  everywhere, batch_size = sharding.replicated(mesh), devices * batch_size
   trainable, frozen = partition(model.param_shapes(), model.method)
   frozen = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, frozen_dtype), frozen)
+  frozen_shardings = sharding.frozen_shardings(frozen, mesh)
   key, variables = jax.random.key(0), model.init_model_state()
   state = jax.eval_shape(lambda t: TrainState.create(t, tx, key, variables), trainable)
   batch = {
@@ -105,31 +115,34 @@ def compile_step(
   head = ClassificationModel(None, {'num_classes': model.num_classes})
   step = functools.partial(
     steps.train_step,
-    flax_model=model,
+    flax_model=model.clone(gather=sharding.gather(frozen_shardings, mesh)),
     loss_fn=head.loss_function,
     metrics_fn=head.get_metrics_fn_jit('train'),
     tx=tx,
   )
-  given = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=on_device), (state, frozen, batch)
+  placed = jax.jit(
+    step,
+    in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
+    out_shardings=everywhere,
+    donate_argnums=0,
   )
   with attention.using(way):
-    lowered = jax.jit(step, donate_argnums=0).lower(*given)
+    lowered = placed.lower(state, frozen, batch)
   return lowered.compile(compiler_options=_OPTIONS)
 
 
-def _on_device(target: str) -> NamedSharding:
-  """Where arrays lie: on one GPU that is only described."""
+def _mesh(target: str, devices: int, fsdp: int) -> Mesh:
+  """GPUs that are only described."""
   described = {'target_config': TARGETS[errors.one_of('GPU', target, TARGETS)]}
   try:
-    topology = topologies.get_topology_desc(platform='cuda', topology='1x1x1', **described)
+    topology = topologies.get_topology_desc(platform='cuda', topology=f'1x1x{devices}', **described)
   except Exception as e:  # Of JAX without the plugin, and of a plugin that lacks its libraries.
     reason = ' '.join(str(e).split())
     raise errors.UserError(
       "Compiling for a GPU needs JAX's CUDA plugin (the GPU itself is not needed): "
       f"pip install 'losa_scenic[gpu]'. {reason}"
     ) from e
-  return NamedSharding(topologies.make_mesh(topology, (1,), ('data',)), PartitionSpec())
+  return sharding.make_mesh({'fsdp': fsdp}, topology.devices)
 
 
 def of_step(*args: Any, **kwargs: Any) -> Memory:
@@ -156,8 +169,10 @@ def of_method(
   remat: bool = False,
   way: str = 'fused',
   target: str = 'h100',
+  devices: int = 1,
+  fsdp: int = 1,
 ) -> dict[str, Any]:
-  """Memory of a train step on one GPU. JAX stays on the CPU from then on, if it used nothing yet.
+  """Memory of a train step on each GPU. JAX stays on the CPU from then on, if it used nothing yet.
 
   The first five arguments are those of `params.count`; `num_classes` is part of what is counted.
 
@@ -167,13 +182,15 @@ def of_method(
     options: the method's options, as `methods.build` takes them.
     backbone_options: fields of the backbone to change.
     num_classes: width of the classifier.
-    batch_size: images or clips, uint8.
+    batch_size: images or clips of each GPU, uint8.
     dtype: of compute and of frozen weights, one of `DTYPES`; what trains is float32.
     optimizer: a key of `optimizers.OPTIMIZERS`, with its defaults.
     layer_loop: 'scan', 'unroll' or 'auto', as in a run's config.
     remat: recompute layers in the backward pass.
     way: of attention, see `attention.using`.
     target: a key of `TARGETS`.
+    devices: number of GPUs.
+    fsdp: GPUs that share the frozen weights of the layers, as `mesh.fsdp` in a run's config.
 
   Returns:
     {'arguments_mib' (weights, optimizer state, batch), 'outputs_mib', 'temporary_mib', 'total_mib'}
@@ -184,6 +201,8 @@ def of_method(
   """
   errors.check_at_least('num_classes', num_classes, 1)
   errors.check_at_least('batch_size', batch_size, 1)
+  errors.check_at_least('devices', devices, 1)
+  errors.check_at_least('fsdp', fsdp, 1)
   errors.one_of('dtype', dtype, DTYPES)
   errors.one_of('layer_loop', layer_loop, LAYER_LOOPS)
   errors.one_of('way of attention', way, attention.WAYS)
@@ -195,20 +214,17 @@ def of_method(
     jax.config.update('jax_platforms', 'cpu')
   spec = backbones.find(backbone, backbone_options).spec
   built = methods.build(method, spec, options)
-  scan = (
-    not (built.spares_backbone or built.unrolled)
-    if layer_loop == 'auto'
-    else (layer_loop == 'scan')
-  )
+  scan = is_scanned(built, layer_loop, split=fsdp > 1)
   model = Adapted(spec, built, num_classes, dtype=jnp.dtype(dtype), scan=scan, remat=remat)
-  memory = of_step(
-    model, make_optimizer(optax.constant_schedule(1e-3)), batch_size, jnp.dtype(dtype), way, target
-  )
+  tx = make_optimizer(optax.constant_schedule(1e-3))
+  memory = of_step(model, tx, batch_size, jnp.dtype(dtype), way, target, devices, fsdp)
   return {
     'backbone': backbone,
     'method': method,
     'set': dict(options or {}),
     'target': target,
+    'devices': devices,
+    'fsdp': fsdp,
     'batch_size': batch_size,
     'dtype': dtype,
     'optimizer': optimizer,

@@ -6,7 +6,13 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-  """Bad input that the user can correct: entry points print it as one message, no traceback."""
+  """Bad input that the user can correct: entry points print it as one message, no traceback.
+
+  Attributes:
+    exit_code: of the command that it ends.
+  """
+
+  exit_code = 1
 
 
 def unknown(kind: str, given: str, allowed: Iterable[str]) -> UserError:

@@ -1,13 +1,17 @@
 """The batches of a split: pure functions of their number, made ahead of time."""
 
-from collections.abc import Iterator
+import multiprocessing
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from absl import flags
 
-from losa_scenic.common_lib import types
+from losa_scenic.common_lib import errors, types
 from losa_scenic.dataset_lib import sources
 from losa_scenic.dataset_lib.bad_files import BadFiles
 from losa_scenic.dataset_lib.loader import Loader
@@ -18,6 +22,10 @@ from losa_scenic.dataset_lib.pipeline import Pipeline
 _THREADS, _BUFFER, _PER_WORKER_BUFFER = 2, 4, 2
 # Batches of clips are large: those that wait take no more than this, but for one of each maker.
 _WAITING_BYTES = 10**9
+_RESTARTS = 3  # of the loader processes, at the same batch
+# Grain's error where one of its processes is gone, within a second or two, and the processes' name.
+_GONE = re.compile(r'Worker process was terminated unexpectedly with exit code (-?\d+)')
+_PROCESS = 'grain-process-prefetch'
 
 
 class Batches:
@@ -25,15 +33,22 @@ class Batches:
 
   Attributes:
     pipeline: the Grain data set.
+    loader: what makes them.
     bad_files: where images that could not be read are listed.
     workers: number of processes that `iterate` loads with; 0 for threads.
   """
 
   def __init__(
-    self, pipeline: grain.MapDataset, bad_files: BadFiles, workers: int = 0, batch_bytes: int = 1
+    self,
+    pipeline: grain.MapDataset,
+    loader: Loader,
+    bad_files: BadFiles,
+    workers: int = 0,
+    batch_bytes: int = 1,
   ) -> None:
     """Keeps them; `batch_bytes` is the size of a batch of this host."""
-    self.pipeline, self.bad_files, self.workers = pipeline, bad_files, workers
+    self.pipeline, self.loader = pipeline, loader
+    self.bad_files, self.workers = bad_files, workers
     self._many = _WAITING_BYTES // batch_bytes
 
   def __len__(self) -> int:
@@ -45,24 +60,96 @@ class Batches:
     return self._listed(self.pipeline[number])
 
   def iterate(self, start: int, stop: int | None) -> Iterator[types.Batch]:
-    """Yields the batches from `start` on, made ahead of time; see `dataset_utils.iterate`."""
-    part = self.pipeline[start:stop]
-    if self.workers:
-      if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # Grain's processes read flags of its own; ours are apart.
-      buffer = max(1, min(_PER_WORKER_BUFFER, self._many // self.workers))
-      batches = part.to_iter_dataset(grain.ReadOptions(1, buffer)).mp_prefetch(
-        grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=buffer)
-      )
-    else:
-      buffer = max(1, min(_BUFFER, self._many))
-      batches = part.to_iter_dataset(grain.ReadOptions(min(_THREADS, buffer), buffer))
-    iterator = iter(batches)
+    """Yields the batches from `start` on, made ahead of time; see `dataset_utils.iterate`.
+
+    Where a loader process is gone, e.g. killed for want of memory, all are started again at the
+    next batch. What the loader raises is raised here at once.
+
+    Raises:
+      errors.UserError: if that happens again and again at the same batch.
+    """
+    number, restarts, iterator = start, 0, self._started(start, stop)
     try:
-      for batch in iterator:
+      while True:
+        try:
+          batch = next(iterator)
+        except StopIteration:
+          return
+        except RuntimeError as error:
+          gone = _GONE.match(str(error)) if self.workers else None
+          if gone is None:
+            raise
+          iterator.close()
+          # Steps count from 1: the batch of step 41 is batch 41.
+          self._say_gone(int(gone[1]), number + 1, restarts)
+          restarts, iterator = restarts + 1, self._started(number, stop)
+          continue
+        number, restarts = number + 1, 0
         yield self._listed(batch)
     finally:
       iterator.close()
+
+  def reading(self) -> list[str]:
+    """What is being read now, or the state of the processes that read; from any thread.
+
+    Returns:
+      The lines of `Loader.reading`, and with loader processes one line about them: what they read,
+      only they know.
+    """
+    lines = self.loader.reading()
+    if self.workers:
+      children = multiprocessing.active_children()
+      alive = sorted(c.pid or 0 for c in children if c.name.startswith(_PROCESS))
+      those = f' (process {", ".join(map(str, alive))})' if alive else ''
+      lines.append(f'{len(alive)} of {self.workers} loader processes are alive{those}')
+    return lines
+
+  def names(self, indices: Sequence[int] | np.ndarray) -> list[str]:
+    """The names of the images or clips at these positions, as `Record.id` has them.
+
+    Args:
+      indices: integers [n] in [-1, images of the split), as a batch's 'index'.
+
+    Returns:
+      n names; of -1 ''. Images are read only where a source does not know their names before.
+    """
+    return [self._name(int(index)) if index >= 0 else '' for index in indices]
+
+  def _name(self, index: int) -> str:
+    name = sources.name(self.loader.source, index)
+    if name is not None:
+      return name
+    try:
+      return self.loader.source[index].id
+    except sources.BadImage as error:
+      return error.id
+
+  def _started(self, start: int, stop: int | None) -> grain.DatasetIterator:
+    """Grain's iterator over the batches from `start` on."""
+    part = self.pipeline[start:stop]
+    if not self.workers:
+      buffer = max(1, min(_BUFFER, self._many))
+      return iter(part.to_iter_dataset(grain.ReadOptions(min(_THREADS, buffer), buffer)))
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()  # Grain's processes read flags of its own; ours are apart.
+    buffer = max(1, min(_PER_WORKER_BUFFER, self._many // self.workers))
+    options = grain.MultiprocessingOptions(self.workers, per_worker_buffer_size=buffer)
+    return iter(part.to_iter_dataset(grain.ReadOptions(1, buffer)).mp_prefetch(options))
+
+  def _say_gone(self, status: int, number: int, restarts: int) -> None:
+    """Says that a loader process ended with `status`, or raises if that is of no use any more."""
+    how = f'ended with status {status}'
+    if status < 0:
+      memory = '; out of memory?' if -status == signal.SIGKILL else ''
+      how = f'was killed (signal {-status}{memory})'
+    if restarts < _RESTARTS:
+      print(f'a loader process {how}: started again at batch {number}', file=sys.stderr, flush=True)
+      return
+    raise errors.UserError(
+      f'A loader process {how}, {restarts + 1} times in a row before batch {number} was made. If '
+      'memory is short, use fewer of them, or threads alone: --config.num_workers=N, at most '
+      f'{self.workers - 1} (0: threads), or smaller batches; what they printed last is above.'
+    )
 
   def _listed(self, batch: Any) -> dict[str, Any]:
     """The batch without its problems, which go to the list."""
@@ -92,15 +179,16 @@ def _cache_bytes(pipeline: Pipeline, split: str, workers: int) -> int:
   return int(pipeline.cache_gigabytes * 1e9)
 
 
-def train_pipeline(source: sources.Source, pipeline: Pipeline) -> grain.MapDataset:
+def train_batches(source: sources.Source, pipeline: Pipeline, bad_files: BadFiles) -> Batches:
   """Training batches without end: one fresh permutation of the images per epoch, across batches.
 
   Args:
     source: at least one image.
     pipeline: what becomes of them.
+    bad_files: where unreadable images are listed.
 
   Returns:
-    What `Batches` takes; see `Loader.batch`. Images are this host's.
+    The batches of this host.
   """
   loader = _loader(source, pipeline, 'train', pipeline.workers)
   count, size = len(source), pipeline.batch_size // pipeline.hosts
@@ -112,19 +200,23 @@ def train_pipeline(source: sources.Source, pipeline: Pipeline) -> grain.MapDatas
 
   order = grain.MapDataset.range(count).seed(pipeline.shuffle_seed).shuffle().repeat(None)
   numbered = order.map_with_index(lambda number, index: (number, index))
-  return numbered.batch(pipeline.batch_size, batch_fn=np.asarray).map(batch)
+  made = numbered.batch(pipeline.batch_size, batch_fn=np.asarray).map(batch)
+  return Batches(made, loader, bad_files, pipeline.workers, pipeline.batch_bytes('train'))
 
 
-def eval_pipeline(source: sources.Source, pipeline: Pipeline, split: str) -> grain.MapDataset:
+def eval_batches(
+  source: sources.Source, pipeline: Pipeline, bad_files: BadFiles, split: str
+) -> Batches:
   """Every image once, in order, the last batch filled up.
 
   Args:
     source: at least one image.
     pipeline: what becomes of them; nothing is augmented.
+    bad_files: where unreadable images are listed.
     split: 'valid' or 'test'.
 
   Returns:
-    What `Batches` takes; see `Loader.batch`. Images are this host's.
+    The batches of this host.
   """
   loader = _loader(source, pipeline, split, workers=0)
   count, size = len(source), pipeline.eval_batch_size // pipeline.hosts
@@ -135,7 +227,8 @@ def eval_pipeline(source: sources.Source, pipeline: Pipeline, split: str) -> gra
     loaded = loader.batch(indices, np.zeros(len(indices), int), size)
     return _converted(loaded, pipeline.dtype_str)
 
-  return grain.MapDataset.range(-(-count // pipeline.eval_batch_size)).map(batch)
+  made = grain.MapDataset.range(-(-count // pipeline.eval_batch_size)).map(batch)
+  return Batches(made, loader, bad_files, batch_bytes=pipeline.batch_bytes(split))
 
 
 def _converted(batch: dict[str, Any], dtype_str: str) -> dict[str, Any]:

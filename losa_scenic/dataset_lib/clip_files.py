@@ -62,6 +62,6 @@ class ClipFiles(sources.FileSource):
 
   def __getitem__(self, index: int) -> sources.Record:
     """See `sources.Source`."""
-    path = os.path.join(self.root, self.files[index])
+    path = self.id(index)
     segment = WHOLE if self.segments is None else self.segments[index]
     return sources.Record(Clip(path, segment), int(self.labels[index]), path)

@@ -87,17 +87,12 @@ def make_dataset(splits: sources.Splits, pipeline: Pipeline, name: str = '') -> 
       raise errors.UserError(f"Dataset '{name}': the {part} split is empty.")
   parts = {'train': splits.train, 'valid': splits.valid or (), 'test': splits.test}
   counts = {part: len(source) for part, source in parts.items()}
-  bad_files = BadFiles(counts, pipeline.max_bad_fraction)
-  size = {part: pipeline.batch_bytes(part) for part in parts}
-  train_ds = Batches(
-    batches.train_pipeline(splits.train, pipeline), bad_files, pipeline.workers, size['train']
-  )
+  bad_files = BadFiles(counts, pipeline.max_bad_fraction, host=pipeline.host, hosts=pipeline.hosts)
+  train_ds = batches.train_batches(splits.train, pipeline, bad_files)
   valid_ds = None
   if splits.valid is not None and len(splits.valid):
-    made = batches.eval_pipeline(splits.valid, pipeline, 'valid')
-    valid_ds = Batches(made, bad_files, batch_bytes=size['valid'])
-  made = batches.eval_pipeline(splits.test, pipeline, 'test')
-  test_ds = Batches(made, bad_files, batch_bytes=size['test'])
+    valid_ds = batches.eval_batches(splits.valid, pipeline, bad_files, 'valid')
+  test_ds = batches.eval_batches(splits.test, pipeline, bad_files, 'test')
   return Dataset(
     train_iter=iterate(train_ds),
     valid_iter=None if valid_ds is None else _forever(valid_ds),

@@ -45,10 +45,13 @@ class PackSource:
     """Number of images."""
     return len(self.members)
 
+  def id(self, index: int) -> str:
+    """See `sources.name`."""
+    return f'{self.file}, image {self.members[index]}'
+
   def __getitem__(self, index: int) -> sources.Record:
     """See `Source`."""
-    name = f'{self.file}, image {self.members[index]}'
-    return sources.Record(self._images[index], int(self.labels[index]), name)
+    return sources.Record(self._images[index], int(self.labels[index]), self.id(index))
 
 
 def splits(*, root: str | None = None) -> sources.Splits:

@@ -8,7 +8,9 @@ masked, so that no image counts twice.
 
 import multiprocessing
 import os
+import signal
 import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent import futures
 from multiprocessing import connection
@@ -18,7 +20,7 @@ import cv2
 import numpy as np
 
 from losa_scenic.dataset_lib import augment as augment_lib
-from losa_scenic.dataset_lib import mixing, resize
+from losa_scenic.dataset_lib import mixing, resize, sources
 from losa_scenic.dataset_lib.bad_files import Problem
 from losa_scenic.dataset_lib.clip_reader import ClipReader, Sampling
 from losa_scenic.dataset_lib.image_reader import ImageReader
@@ -26,6 +28,8 @@ from losa_scenic.dataset_lib.sources import BadImage, Source
 
 _CORES = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 _THREADS = min(16, _CORES)
+# In sentences: 'training image 12'.
+_SPLITS = {'train': 'training', 'valid': 'validation', 'test': 'test'}
 cv2.setNumThreads(0)  # Threads work on whole images here; OpenCV's own would only fight with them.
 _pool: futures.ThreadPoolExecutor | None = None
 _pool_lock = threading.Lock()
@@ -69,6 +73,8 @@ class Loader:
     self.source, self.split = source, split
     self.augment = augment or augment_lib.Augment()
     self.bad: dict[int, Problem] = {}
+    self._reading: dict[int, tuple[int, float]] = {}  # thread -> position, since when
+    self._what = f'{_SPLITS.get(split, split)} {"image" if sampling is None else "clip"}'
     self._seed, self._allowed_bad = seed, int(max_bad_fraction * len(source))
     self._reader: ImageReader | ClipReader
     if sampling is None:
@@ -78,8 +84,12 @@ class Loader:
         source, view, sampling, self.augment, split=split, seed=seed, cache_bytes=cache_bytes
       )
 
+  def __getstate__(self) -> dict[str, Any]:
+    """Pickles without what threads of this process are reading."""
+    return {**self.__dict__, '_reading': {}}
+
   def __setstate__(self, state: dict[str, Any]) -> None:
-    """Unpickles; in a loader process, sees to it that the process ends with its parent."""
+    """Unpickles; in a loader process, sees to it that the process ends with its parent alone."""
     self.__dict__.update(state)
     _end_with_parent()
 
@@ -136,6 +146,22 @@ class Loader:
       }
     return batch | ({'problems': [self.bad[i] for i in sorted(met)]} if met else {})
 
+  def reading(self) -> list[str]:
+    """What threads of this process are reading now, those first that have taken longest.
+
+    Safe to call from any thread, at any time.
+
+    Returns:
+      Lines as 'training image 5123 (a/b.jpg), for 130 s'; without the name where the image would
+      have to be read to know it.
+    """
+    now, lines = time.monotonic(), []
+    for index, since in sorted(self._reading.values(), key=lambda item: item[1]):
+      name = sources.name(self.source, index)
+      shown = f' ({name})' if name else ''
+      lines.append(f'{self._what} {index}{shown}, for {now - since:.0f} s')
+    return lines
+
   def _load(self, index: int, epoch: int, met: set[int]) -> tuple[np.ndarray, int] | None:
     """What stands at a position: its image, in training the next readable one, or None.
 
@@ -144,10 +170,13 @@ class Loader:
     for other in range(index, index + len(self.source)):
       other %= len(self.source)
       if other not in self.bad or not self._reader.lasting:
+        self._reading[threading.get_ident()] = other, time.monotonic()
         try:
           return self._reader.show(other, epoch)
         except BadImage as error:
           self.bad[other] = Problem(self.split, other, error.id, error.reason)
+        finally:
+          del self._reading[threading.get_ident()]
       met.add(other)
       # With too many of them the run ends as soon as it hears of it: no use to look further.
       if self.split != 'train' or len(self.bad) > self._allowed_bad:
@@ -159,14 +188,18 @@ _watch: threading.Thread | None = None
 
 
 def _end_with_parent() -> None:
-  """In a process made by `multiprocessing`: ends it when the one that made it is gone.
+  """In a process made by `multiprocessing`: ends it when the one that made it is gone, or says so.
 
-  A killed run could not tell its loader processes, which would wait for ever.
+  A killed run could not tell its loader processes, which would wait for ever. A run that is asked
+  to stop still needs them for its last step, but the signal often goes to the whole group.
   """
   global _watch
   parent = multiprocessing.parent_process()
   if parent is None or _watch is not None:
     return
+  if threading.current_thread() is threading.main_thread():
+    for number in (signal.SIGINT, signal.SIGTERM):
+      signal.signal(number, signal.SIG_IGN)
 
   def watch() -> None:
     connection.wait([parent.sentinel])

@@ -28,6 +28,12 @@ class Playback:
     """Number of clips, times three."""
     return len(self.source) * len(CLASSES)
 
+  def id(self, index: int) -> str | None:
+    """See `sources.name`."""
+    number, label = divmod(index, len(CLASSES))
+    name = sources.name(self.source, number)
+    return None if name is None else f'{name} ({CLASSES[label]})'
+
   def __getitem__(self, index: int) -> sources.Record:
     """See `sources.Source`."""
     number, label = divmod(index, len(CLASSES))

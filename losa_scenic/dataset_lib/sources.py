@@ -57,7 +57,10 @@ class BadImage(errors.UserError):
 
 
 class Source(Protocol):
-  """Labelled images by position. It must pickle: loader processes get a copy."""
+  """Labelled images by position. It must pickle: loader processes get a copy.
+
+  Where the name of a record is known before it is read, `id(index)` gives it; see `name`.
+  """
 
   def __len__(self) -> int:
     """Number of images."""
@@ -147,11 +150,13 @@ class ArraySource:
     """Number of images."""
     return len(self.images)
 
+  def id(self, index: int) -> str:
+    """See `name`."""
+    return f'{self.name}[{self.numbers[index]}]'
+
   def __getitem__(self, index: int) -> Record:
     """See `Source`."""
-    return Record(
-      self.images[index], int(self.labels[index]), f'{self.name}[{self.numbers[index]}]'
-    )
+    return Record(self.images[index], int(self.labels[index]), self.id(index))
 
 
 class FileSource:
@@ -191,9 +196,13 @@ class FileSource:
     """Number of files."""
     return len(self.files)
 
+  def id(self, index: int) -> str:
+    """See `name`."""
+    return os.path.join(self.root, self.files[index])
+
   def __getitem__(self, index: int) -> Record:
     """See `Source`."""
-    path = os.path.join(self.root, self.files[index])
+    path = self.id(index)
     try:
       return Record(read_file(path), int(self.labels[index]), path)
     except OSError as error:
@@ -221,6 +230,10 @@ class Subset:
     """Number of images."""
     return len(self.indices)
 
+  def id(self, index: int) -> str | None:
+    """See `name`."""
+    return name(self.source, int(self.indices[index]))
+
   def __getitem__(self, index: int) -> Record:
     """See `Source`."""
     return self.source[int(self.indices[index])]
@@ -247,12 +260,36 @@ class Concat:
     """Number of images."""
     return int(self._starts[-1])
 
+  def id(self, index: int) -> str | None:
+    """See `name`."""
+    part, within = self._place(index)
+    return name(part, within)
+
   def __getitem__(self, index: int) -> Record:
     """See `Source`."""
+    part, within = self._place(index)
+    return part[within]
+
+  def _place(self, index: int) -> tuple[Source, int]:
+    """The part that a position lies in, and where in it."""
     if not 0 <= index < len(self):
       raise IndexError(f'Positions must lie in [0, {len(self)}).')
     part = int(np.searchsorted(self._starts, index, side='right')) - 1
-    return self.parts[part][index - int(self._starts[part])]
+    return self.parts[part], index - int(self._starts[part])
+
+
+def name(source: Source, index: int) -> str | None:
+  """The id of the record at a position, without reading it.
+
+  Args:
+    source: any source.
+    index: in [0, len(source)).
+
+  Returns:
+    `source[index].id` where the source has a method `id` that knows it; None elsewhere.
+  """
+  known = getattr(source, 'id', None)
+  return None if known is None else known(index)
 
 
 def read_file(path: str | os.PathLike[str]) -> bytes:

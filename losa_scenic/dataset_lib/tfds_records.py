@@ -151,9 +151,13 @@ class TfdsSource:
     """Number of images."""
     return len(self._examples)
 
+  def id(self, index: int) -> str:
+    """See `sources.name`."""
+    return f'{self._name}/{self.split}[{index}]'
+
   def __getitem__(self, index: int) -> Record:
     """See `sources.Source`; also raises `UserError` for a label out of range."""
-    id = f'{self._name}/{self.split}[{index}]'
+    id = self.id(index)
     try:
       serialized = self._examples[index]
     except Exception as error:  # The library of the files raises kinds of its own.

@@ -11,6 +11,7 @@ from losa_scenic.adapt_lib.method import Method, Run, partition
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.encoder import Gather
 from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.model_lib.vit import ViT
 
@@ -28,6 +29,7 @@ class Adapted(nn.Module):
     dtype: dtype of compute; the classifier always computes in float32.
     scan: scan over stacked layers instead of unrolling them.
     remat: recompute layers in the backward pass.
+    gather: what the weights of a layer pass through just before it runs, see `encoder.Encoder`.
   """
 
   spec: BackboneSpec
@@ -36,6 +38,7 @@ class Adapted(nn.Module):
   dtype: DType = jnp.float32
   scan: bool = False
   remat: bool = False
+  gather: Gather | None = None
 
   def setup(self):
     if self.scan and self.method.unrolled:
@@ -49,6 +52,7 @@ class Adapted(nn.Module):
       dtype=self.dtype,
       scan=self.scan,
       remat=self.remat,
+      gather=self.gather,
     )
     self.shared = self.method.shared() if self.method.shared else None
     self.side = self.method.side() if self.method.side else None

@@ -11,14 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 import optax
 from jaxtyping import Float
 
 from losa_scenic.adapt_lib import methods
-from losa_scenic.adapt_lib.method import BACKBONE, partition
+from losa_scenic.adapt_lib.method import BACKBONE, Method, partition
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.common_lib.types import Array, Batch, Config, Metrics, Params
+from losa_scenic.common_lib.types import Array, Batch, Config, DType, Metrics, Params
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.weights_lib import backbones
 
@@ -28,12 +29,27 @@ LAYER_LOOPS = ('auto', 'scan', 'unroll')
 MetricsFn = Callable[[Array, Batch], Metrics]
 
 
+def is_scanned(method: Method, layer_loop: str, *, split: bool = False) -> bool:
+  """Whether a model scans its layers.
+
+  Args:
+    method: the method.
+    layer_loop: one of `LAYER_LOOPS`.
+    split: whether several devices share the weights of the layers.
+  """
+  if layer_loop != 'auto':
+    return layer_loop == 'scan'
+  # Unrolled layers run faster. But compiling a backward pass through them takes long, and their
+  # weights may all be gathered before the first one runs.
+  return not method.unrolled and (split or not method.spares_backbone)
+
+
 class ClassificationModel:
   """A backbone, a method and a classifier, made from a config.
 
   Attributes:
     config: the run's config (fields: backbone, backbone_configs, method, method_configs,
-      model_dtype_str, frozen_dtype_str, layer_loop, remat, label_smoothing).
+      model_dtype_str, frozen_dtype_str, layer_loop, remat, mesh, label_smoothing).
     dataset_meta_data: the dataset's `meta_data` (fields: num_classes, metric).
     backbone: the backbone that the config names.
     flax_model: the Linen module.
@@ -59,13 +75,15 @@ class ClassificationModel:
     method = methods.build(config.method, self.backbone.spec, methods.options(config))
     loop = errors.one_of('layer_loop', config.get('layer_loop', 'auto'), LAYER_LOOPS)
     dtype = errors.one_of('model_dtype_str', config.get('model_dtype_str', 'float32'), DTYPES)
+    # The mesh of a run may change, but random weights depend on the loop.
+    may_split = self.backbone.weights is not None
+    split = may_split and (config.get('mesh') or {}).get('fsdp', 1) != 1
     return Adapted(
       spec=self.backbone.spec,
       method=method,
       num_classes=self.dataset_meta_data['num_classes'],
       dtype=jnp.dtype(dtype),
-      # Unrolled layers run faster; compiling a backward pass through them takes long.
-      scan=not (method.spares_backbone or method.unrolled) if loop == 'auto' else loop == 'scan',
+      scan=is_scanned(method, loop, split=split),
       remat=config.get('remat', False),
     )
 
@@ -78,13 +96,14 @@ class ClassificationModel:
     }
 
   def init_params(
-    self, rng: Array, place: Callable[[Any], Array] = jax.device_put
+    self, rng: Array, shardings: tuple[Params, Params] | None = None
   ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Fresh trainable parameters and the frozen ones, with the stored weights in both.
 
     Args:
       rng: a key; it also makes a preset's random backbone.
-      place: puts a stored parameter on the devices.
+      shardings: where the leaves of the two trees live, on devices of all processes; each device
+        receives its part alone. None: on JAX's own choice of a device.
 
     Returns:
       (trainable in float32, frozen in the config's `frozen_dtype_str`).
@@ -106,30 +125,41 @@ class ClassificationModel:
           f'({", ".join(backbones.packaged()) or "none is packaged"}, or a file), or say '
           '--config.random_backbone=True.'
         )
-      values = jax.jit(lambda r: model.init(r, jnp.zeros(model.input_shape())))(rng)['params']
-      trainable, frozen = partition(values, model.method)
-    else:
-      own = trees.flatten(trainable)
-      stored = backbones.load(
-        self.backbone,
-        stack=model.scan,
-        dtype=lambda path: jnp.float32 if f'{BACKBONE}/{path}' in own else frozen_dtype,
-        place=place,
+
+      def init(key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
+        values = model.init(key, jnp.zeros(model.input_shape()))
+        trainable, frozen = partition(values['params'], model.method)
+        return _cast(trainable, jnp.float32), _cast(frozen, frozen_dtype)
+
+      return _compute(init, rng, shardings)
+    own = trees.flatten(trainable)
+    where = trees.flatten(shardings[0]) | trees.flatten(shardings[1]) if shardings else {}
+
+    def place(path: str, value: np.ndarray) -> Array:
+      sharding = where.get(f'{BACKBONE}/{path}')
+      if sharding is None:
+        return jax.device_put(value)
+      return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    stored = backbones.load(
+      self.backbone,
+      stack=model.scan,
+      dtype=lambda path: jnp.float32 if f'{BACKBONE}/{path}' in own else frozen_dtype,
+      place=place,
+    )
+    flat = trees.flatten({BACKBONE: stored})
+    trainable = _compute(model.init_trainable, rng, shardings and shardings[0])
+    trainable = _replace(trainable, flat)
+    wanted = {path: leaf.shape for path, leaf in trees.flatten(frozen).items()}
+    missing = [path for path in wanted if path not in flat]
+    unused = [p for p in flat if p not in wanted and p not in trees.flatten(trainable)]
+    wrong = [p for p, shape in wanted.items() if p in flat and flat[p].shape != shape]
+    if missing or unused or wrong:
+      raise errors.UserError(
+        f"The weights of backbone '{config.backbone}' do not fit the model: missing "
+        f'{missing[:5]}, unused {unused[:5]}, other shape {wrong[:5]}.'
       )
-      flat = trees.flatten({BACKBONE: stored})
-      trainable = _replace(model.init_trainable(rng), flat)
-      wanted = {path: leaf.shape for path, leaf in trees.flatten(frozen).items()}
-      missing = [path for path in wanted if path not in flat]
-      unused = [p for p in flat if p not in wanted and p not in trees.flatten(trainable)]
-      wrong = [p for p, shape in wanted.items() if p in flat and flat[p].shape != shape]
-      if missing or unused or wrong:
-        raise errors.UserError(
-          f"The weights of backbone '{config.backbone}' do not fit the model: missing "
-          f'{missing[:5]}, unused {unused[:5]}, other shape {wrong[:5]}.'
-        )
-      return trainable, trees.unflatten({path: flat[path] for path in wanted})
-    frozen = jax.tree.map(lambda a: jnp.asarray(a, frozen_dtype), frozen)
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), trainable), frozen
+    return trainable, trees.unflatten({path: flat[path] for path in wanted})
 
   def release_weights(self) -> None:
     """Forgets where the stored weights are, once `init_params` has read them.
@@ -162,6 +192,20 @@ class ClassificationModel:
     """Like `get_metrics_fn_jit`, summed over a mapped axis 'batch' (Scenic's pmap trainers)."""
     metrics = self.get_metrics_fn_jit(split)
     return lambda logits, batch: jax.lax.psum(metrics(logits, batch), axis_name='batch')
+
+
+def _compute(init: Callable[[Array], Any], rng: Array, shardings: Any) -> Any:
+  """`init(rng)`, computed where it will live."""
+  # Through the host: a key on a device of this process could not go to those of others.
+  data, kind = np.asarray(jax.random.key_data(rng)), jax.random.key_impl(rng)
+  made = jax.jit(
+    lambda data: init(jax.random.wrap_key_data(data, impl=kind)), out_shardings=shardings
+  )
+  return made(data)
+
+
+def _cast(params: Params, dtype: DType) -> dict[str, Any]:
+  return jax.tree.map(lambda leaf: leaf.astype(dtype), dict(params))
 
 
 def _replace(trainable: Params, stored: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ pass through the blocks, and every operation is visible to XLA's cost analysis.
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -160,6 +160,10 @@ class Layer(nn.Module):
     return x, seen
 
 
+# `gather(name of the layer, its parameters)`: 'layers' when scanned, else 'layers_<i>'.
+Gather = Callable[[str, Params], Params]
+
+
 class Encoder(nn.Module):
   """`spec.depth` layers in a row.
 
@@ -170,6 +174,8 @@ class Encoder(nn.Module):
     dtype: dtype of compute.
     scan: scan over stacked layers, or unroll over per-layer leaves.
     remat: recompute each layer in the backward pass instead of keeping its activations.
+    gather: what the parameters of a layer pass through just before it runs, in the backward pass
+      anew; for weights that are not whole on each device. None: they are.
   """
 
   spec: BackboneSpec
@@ -178,6 +184,7 @@ class Encoder(nn.Module):
   dtype: DType = jnp.float32
   scan: bool = False
   remat: bool = False
+  gather: Gather | None = None
 
   @nn.compact
   def __call__(
@@ -205,19 +212,20 @@ class Encoder(nn.Module):
     sites.check_layer_sites(self.collect)
     if self.scan and sites.differ_by_layer(self.inserts):
       raise errors.UserError('The layers of this method differ: they cannot be scanned.')
-    # prevent_cse is only needed outside a scan.
-    body = nn.remat(Layer, prevent_cse=not self.scan) if self.remat else Layer
     if not self.scan:
       seen = []
       for i in range(self.spec.depth):
         inserts = tuple(sites.of_layer(self.inserts, i).items())
-        module = body(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name=f'layers_{i}')
+        name = f'layers_{i}'
+        module = self._body(name)(
+          self.spec, inserts, self.collect, ctx, dtype=self.dtype, name=name
+        )
         x, values = module(x, jax.tree.map(lambda a, i=i: a[i], per_layer), shared)
         seen.append(values)
       names = dict.fromkeys(name for values in seen for name in values)
       return x, {name: tuple(values.get(name) for values in seen) for name in names}
     scanned = nn.scan(
-      body,
+      self._body('layers'),
       variable_axes={'params': 0},
       split_rngs={'params': True, 'dropout': True},
       in_axes=(0, nn.broadcast),  # pyright: ignore[reportArgumentType] (flax's type is too narrow)
@@ -227,6 +235,30 @@ class Encoder(nn.Module):
     return scanned(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name='layers')(
       x, per_layer, shared
     )
+
+  def _body(self, name: str) -> Callable[..., Layer]:
+    """What makes the layer of that name."""
+    gather, body = self.gather, Layer
+    if self.is_initializing() or gather is None:
+      policy = None
+    else:
+      body = nn.map_variables(
+        Layer, 'params', lambda tree: {'params': gather(name, tree['params'])}
+      )
+      policy = None if self.remat else _is_activation
+    if not (self.remat or policy):
+      return body
+    # prevent_cse is only needed outside a scan.
+    return nn.remat(body, prevent_cse=not self.scan, policy=policy)
+
+
+def _is_activation(_: Any, *inputs: Any, **__: Any) -> bool:
+  """Whether the backward pass may keep the results of an operation, by what goes into it.
+
+  Activations have axes of examples, tokens and channels. What has fewer is made of weights alone,
+  and would keep every layer's gathered weights until the backward pass.
+  """
+  return any(len(getattr(aval, 'shape', ())) > 2 for aval in inputs)
 
 
 _LAYER = re.compile(r'(^|.*/)layers_(\d+)/(.*)')

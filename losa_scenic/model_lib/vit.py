@@ -30,6 +30,7 @@ class ViT(nn.Module):
     dtype: dtype of compute (float32, bfloat16 or float16).
     scan: scan over stacked layers instead of unrolling them.
     remat: recompute layers in the backward pass.
+    gather: see `Encoder`.
   """
 
   spec: BackboneSpec
@@ -38,6 +39,7 @@ class ViT(nn.Module):
   dtype: DType = jnp.float32
   scan: bool = False
   remat: bool = False
+  gather: encoder.Gather | None = None
 
   def setup(self):
     spec = self.spec
@@ -67,7 +69,13 @@ class ViT(nn.Module):
     if spec.pre_norm:
       self.pre_norm = layers.norm(spec, self.dtype)
     self.encoder = encoder.Encoder(
-      spec, inner, self.collect, dtype=self.dtype, scan=self.scan, remat=self.remat
+      spec,
+      inner,
+      self.collect,
+      dtype=self.dtype,
+      scan=self.scan,
+      remat=self.remat,
+      gather=self.gather,
     )
     if spec.final_norm != 'none':
       self.norm = layers.norm(spec, self.dtype)

@@ -1,16 +1,59 @@
 """Evaluation of a split, exact in spite of padded batches, with a picture of the predictions."""
 
+import collections
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import numpy as np
 
+from losa_scenic.common_lib import hosts
+from losa_scenic.common_lib.types import Batch
 from losa_scenic.dataset_lib import contact_sheet, dataset_utils
-from losa_scenic.train_lib import metrics, sharding
+from losa_scenic.train_lib import metrics, sharding, steps, stopping
 from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
 
 _SHOWN = 24  # images in the picture
+_IN_FLIGHT = 2  # batches on the devices while the next one is made ready
 _GREEN, _RED = (0, 120, 0), (190, 0, 0)
+
+
+class Watch(NamedTuple):
+  """Who follows an evaluation.
+
+  Attributes:
+    each: called with the number of each batch and of all; what it raises ends the evaluation.
+    requests: of the processes of a run, exchanged with the batches.
+  """
+
+  each: Callable[[int, int], None]
+  requests: stopping.Requests
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+  """What an evaluation found.
+
+  Attributes:
+    values: {'<split>_accuracy', '<split>_loss', ...}; where the dataset's metric is 'per_class',
+      '<split>_accuracy' is the mean of the per-class accuracies.
+    split: 'valid' or 'test'.
+    picture: images with what was predicted, uint8 [h w 3]; None if none could be read, and
+      on all processes but the first.
+  """
+
+  values: dict[str, float]
+  split: str
+  picture: np.ndarray | None
+
+  def write(self, step: int, writer: Writer) -> None:
+    """Hands it to a writer, as that of `step`."""
+    writer.write_scalars(step, self.values)
+    if self.picture is not None:
+      writer.write_images(step, {f'{self.split}_predictions': self.picture[None]})
 
 
 def evaluate(
@@ -18,9 +61,8 @@ def evaluate(
   state: TrainState,
   dataset: dataset_utils.Dataset,
   split: str,
-  step: int,
-  writer: Writer,
-) -> dict[str, float]:
+  watch: Watch | None = None,
+) -> Evaluation:
   """Metrics over every example of a split, each counted once.
 
   Args:
@@ -28,38 +70,50 @@ def evaluate(
     state: its trainable parameters are evaluated.
     dataset: has `<split>_ds`.
     split: 'valid' or 'test'.
-    step: steps done, for the writer.
-    writer: receives the scalars and a grid of images with their predictions.
-
-  Returns:
-    {'<split>_accuracy', '<split>_loss', ...}; where the dataset's metric is 'per_class',
-    '<split>_accuracy' is the mean of the per-class accuracies.
+    watch: follows the batches.
   """
   batches = getattr(dataset, f'{split}_ds')
-  parts, shown = [], None
-  for batch in dataset_utils.iterate(batches, 0, len(batches)):
-    batch_here = sharding.put(batch, program.mesh)
-    part, predictions = program.eval_step(state, program.frozen, batch_here)
-    parts.append(part)
-    if shown is None and batch['batch_mask'].any():
+  flying: collections.deque[Any] = collections.deque()
+  total, shown = {}, None
+
+  def land(many: int) -> None:
+    nonlocal total
+    while len(flying) > many:
+      part = jax.device_get(flying.popleft())
+      asked = part.pop(steps.ASKED, None)
+      if asked is not None and watch is not None:
+        watch.requests.hear(asked[0])
+      total = metrics.accumulate([part], total)
+
+  for number, batch in enumerate(dataset_utils.iterate(batches, 0, len(batches)), start=1):
+    marked = batch if watch is None else watch.requests.mark(batch)
+    part, predictions = program.eval_step(state, program.frozen, sharding.put(marked, program.mesh))
+    flying.append(part)
+    if shown is None and hosts.is_first() and batch['batch_mask'].any():
+      # Predictions are those of all processes, those for the batch of the first one come first.
       shown = (batch, np.asarray(jax.device_get(predictions)))
-  values = metrics.normalize(metrics.accumulate(parts))
+    land(_IN_FLIGHT)
+    if watch is not None:
+      watch.each(number, len(batches))
+  land(0)
+  values = metrics.normalize(total)
   if 'per_class_accuracy' in values:
     values['overall_accuracy'] = values['accuracy']
     values['accuracy'] = values.pop('per_class_accuracy')
   values = {f'{split}_{name}': value for name, value in values.items()}
-  writer.write_scalars(step, values)
-  if shown is not None:
-    batch, predictions = shown
-    real = np.flatnonzero(batch['batch_mask'])[:_SHOWN]  # Unreadable images are masked too.
-    picture = prediction_grid(
-      pictures(batch['inputs'][real], len(program.model.backbone.spec.input_shape)),
-      batch['label'][real],
-      predictions[real],
-      dataset.meta_data['class_names'],
-    )
-    writer.write_images(step, {f'{split}_predictions': picture[None]})
-  return values
+  return Evaluation(values, split, None if shown is None else _picture(program, dataset, *shown))
+
+
+def _picture(
+  program: Program, dataset: dataset_utils.Dataset, batch: Batch, predictions: np.ndarray
+) -> np.ndarray:
+  real = np.flatnonzero(batch['batch_mask'])[:_SHOWN]  # Unreadable images are masked too.
+  return prediction_grid(
+    pictures(batch['inputs'][real], len(program.model.backbone.spec.input_shape)),
+    batch['label'][real],
+    predictions[real],
+    dataset.meta_data['class_names'],
+  )
 
 
 def pictures(inputs: np.ndarray, dimensions: int) -> np.ndarray:

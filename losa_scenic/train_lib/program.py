@@ -6,11 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import optax
 
 from losa_scenic.adapt_lib import fold
+from losa_scenic.adapt_lib.method import partition
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
+from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.train_lib import lr_schedules, optimizers, run_config, sharding, steps
@@ -24,7 +27,7 @@ class Program:
   Attributes:
     model: the model class's instance.
     mesh: the devices.
-    frozen: frozen parameters, on the devices.
+    frozen: frozen parameters, on the devices; where several share them, each has its part.
     train_step: (state, frozen, batch) -> (state, metrics).
     eval_step: (state, frozen, batch) -> (metrics, predictions).
     learning_rate: step -> learning rate.
@@ -52,8 +55,8 @@ def build_program(
   dataset: dataset_utils.Dataset,
 ) -> tuple[Program, TrainState]:
   """Makes the model, loads the backbone, prepares the steps; returns them with the first state."""
-  mesh = sharding.make_mesh()
-  sharding.check_batch_size('batch_size', config.batch_size, mesh)
+  mesh = sharding.make_mesh(config.mesh)
+  sharding.check_batch_size('batch_size', config.batch_size, mesh, config.grad_accum_steps)
   sharding.check_batch_size('eval_batch_size', config.eval_batch_size, mesh)
   model = model_cls(config, dataset.meta_data)
   if config.export_backbone:
@@ -64,20 +67,23 @@ def build_program(
   )
   learning_rate = lr_schedules.get_learning_rate_fn(config, total_steps)
   tx = optimizers.get_optimizer(config, learning_rate)
-  init_rng, state_rng = jax.random.split(rng)
-  place = functools.partial(jax.device_put, device=sharding.replicated(mesh))
-  trainable, frozen = model.init_params(init_rng, place)
-  model.release_weights()
-  model_state = model.flax_model.init_model_state()
-  state = TrainState.create(trainable, tx, state_rng, model_state)
-  state = sharding.replicate(state, mesh)
   everywhere, split = sharding.replicated(mesh), sharding.batched(mesh)
+  trained, frozen = partition(model.flax_model.param_shapes(), model.flax_model.method)
+  frozen_shardings = sharding.frozen_shardings(frozen, mesh)
+  shardings = (jax.tree.map(lambda _: everywhere, trained), frozen_shardings)
+  init_rng, state_rng = jax.random.split(rng)
+  trainable, frozen = model.init_params(init_rng, shardings)
+  model.release_weights()
+  state = _first_state(model.flax_model, trainable, tx, state_rng, everywhere)
+  model.flax_model = model.flax_model.clone(gather=sharding.gather(frozen_shardings, mesh))
   train_step = functools.partial(
     steps.train_step,
     flax_model=model.flax_model,
     loss_fn=model.loss_function,
     metrics_fn=model.get_metrics_fn_jit('train'),
     tx=tx,
+    accumulate=config.grad_accum_steps,
+    max_bad_steps=config.max_bad_steps,
   )
   eval_step = functools.partial(
     steps.eval_step,
@@ -87,21 +93,33 @@ def build_program(
   return Program(
     model=model,
     mesh=mesh,
-    frozen=sharding.replicate(frozen, mesh),
+    frozen=frozen,
     train_step=jax.jit(
       train_step,
-      in_shardings=(everywhere, everywhere, split),
+      in_shardings=(everywhere, frozen_shardings, split),
       out_shardings=everywhere,
       donate_argnums=0,
     ),
     eval_step=jax.jit(
-      eval_step, in_shardings=(everywhere, everywhere, split), out_shardings=everywhere
+      eval_step, in_shardings=(everywhere, frozen_shardings, split), out_shardings=everywhere
     ),
     learning_rate=learning_rate,
     total_steps=total_steps,
     steps_per_epoch=steps_per_epoch,
     epochs_per_step=config.batch_size / dataset.meta_data['num_train_examples'],
   ), state
+
+
+def _first_state(
+  model: Adapted, trainable: Params, tx: optax.GradientTransformation, rng: Array, where: Any
+) -> TrainState:
+  """The state before the first step, made where it will live. `trainable` is used up."""
+
+  def create(trainable: Params, key: Array, model_state: Any) -> TrainState:
+    return TrainState.create(trainable, tx, jax.random.wrap_key_data(key), model_state)
+
+  key, model_state = jax.device_get((jax.random.key_data(rng), model.init_model_state()))
+  return jax.jit(create, out_shardings=where, donate_argnums=0)(trainable, key, model_state)
 
 
 def _check_inputs(config: Config, dataset: dataset_utils.Dataset, spec: BackboneSpec) -> None:

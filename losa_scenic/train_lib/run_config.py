@@ -39,6 +39,7 @@ def default_config() -> Config:
   c.dataset_configs = _options(**datasets.option_types())
   c.num_workers = 0  # loader processes; 0: threads, which pay where decoding is most of the work
   c.batch_size = 64  # of all devices together
+  c.grad_accum_steps = 1  # parts of a batch that are computed one after the other
   c.eval_batch_size = config_dict.placeholder(int)  # batch_size if None
 
   # What is drawn at random in training: fields of `augment.Augment`, all off.
@@ -63,12 +64,18 @@ def default_config() -> Config:
   c.layer_loop = 'auto'  # 'scan' or 'unroll' the encoder's layers
   c.remat = False  # recompute layers in the backward pass
 
+  # Devices: a batch is split over both axes; the frozen weights of layers over 'fsdp', each device
+  # gathering a layer when it comes to it. -1: all that are left.
+  c.mesh = ml_collections.ConfigDict({'data': -1, 'fsdp': 1})
+
   # Optimisation. The learning rate is lr_configs.base_learning_rate if given, else the method's.
   c.trainer_name = 'classification'
   c.num_training_steps = config_dict.placeholder(int)  # goes before num_training_epochs
   c.num_training_epochs = config_dict.placeholder(float)
   c.label_smoothing = 0.0
   c.max_grad_norm = config_dict.placeholder(float)
+  # Updates that are not finite are never applied; so many such steps in a row end the run.
+  c.max_bad_steps = 3
   c.optimizer = 'adamw'
   c.optimizer_configs = _options(
     weight_decay=float, momentum=float, nesterov=bool, beta1=float, beta2=float, epsilon=float
@@ -96,7 +103,11 @@ def default_config() -> Config:
   c.evaluate_test = True  # False while choosing hyper-parameters: the test split stays unseen
   c.checkpoint = True
   c.checkpoint_steps = config_dict.placeholder(int)
+  c.checkpoint_minutes = 10.0  # and whenever the last one is so old; 0: never
   c.max_checkpoint_keep = 2
+  c.watchdog_seconds = 120.0  # say what the run waits for if it takes longer; 0: never
+  c.hang_limit_seconds = config_dict.placeholder(float)  # end the run if it takes longer
+  c.profile_steps = 0  # trace so many steps of this process for TensorBoard
   # Write the tuned backbone, what was inserted merged into it, in float16, as this
   # NAME.safetensors. Not every method can be merged.
   c.export_backbone = ''
@@ -107,10 +118,18 @@ def default_config() -> Config:
 MAY_CHANGE = (
   'dataset_configs.cache_gigabytes',
   'dataset_configs.max_bad_fraction',
+  'checkpoint',
+  'checkpoint_minutes',
+  'checkpoint_steps',
   'eval_batch_size',
   'export_backbone',
+  'hang_limit_seconds',
+  'max_bad_steps',
   'max_checkpoint_keep',
+  'mesh',
   'num_workers',
+  'profile_steps',
+  'watchdog_seconds',
 )
 
 
@@ -134,8 +153,18 @@ def check(config: Config) -> None:
   )
   lr_schedules.check(config_lib.to_dict(config.lr_configs))
   _at_least('num_workers', config.num_workers, 0)
-  for field in ('batch_size', 'log_summary_steps', 'max_checkpoint_keep'):
+  for field in (
+    'batch_size',
+    'grad_accum_steps',
+    'log_summary_steps',
+    'max_bad_steps',
+    'max_checkpoint_keep',
+  ):
     _at_least(field, config[field], 1)
+  for field in ('checkpoint_minutes', 'watchdog_seconds', 'profile_steps'):
+    _at_least(field, config[field], 0)
+  if config.hang_limit_seconds is not None:
+    _above('hang_limit_seconds', config.hang_limit_seconds, 0)
   for field in ('eval_batch_size', 'log_eval_steps', 'checkpoint_steps', 'num_training_steps'):
     if config[field] is not None:
       _at_least(field, config[field], 1)

@@ -20,6 +20,8 @@ class TrainState:
     opt_state: the optimizer's state over exactly those.
     model_state: variables that are no parameters (running means), or {}.
     rng: key data of the run's random stream, uint32 [2]; step i uses `fold_in(rng, i)`.
+    bad_steps: how many of the last steps in a row had a loss or gradient that was not finite, int32
+      scalar. Such a step moves `global_step` and nothing else.
   """
 
   global_step: Array
@@ -27,6 +29,7 @@ class TrainState:
   opt_state: Any
   model_state: Any
   rng: Array
+  bad_steps: Array
 
   @classmethod
   def create(
@@ -38,4 +41,4 @@ class TrainState:
   ) -> 'TrainState':
     """The state before the first step."""
     step, data = jnp.zeros((), jnp.int32), jax.random.key_data(rng)
-    return cls(step, trainable, tx.init(trainable), model_state or {}, data)
+    return cls(step, trainable, tx.init(trainable), model_state or {}, data, jnp.zeros_like(step))

@@ -14,6 +14,8 @@ from losa_scenic.train_lib.state import TrainState
 
 LossFn = Callable[[Array, Batch], Array]
 MetricsFn = Callable[[Array, Batch], Metrics]
+# In a batch: what this process asks of all, int32 [b]; see `control`. No part of the model's input.
+ASKED = 'asked'
 
 
 def train_step(
@@ -25,8 +27,13 @@ def train_step(
   loss_fn: LossFn,
   metrics_fn: MetricsFn,
   tx: optax.GradientTransformation,
+  accumulate: int = 1,
+  max_bad_steps: int = 1,
 ) -> tuple[TrainState, dict[str, Any]]:
   """One step of training.
+
+  A step whose loss, gradient or new parameters are not finite is dropped: it moves `global_step`
+  and `bad_steps` alone. After `max_bad_steps` of them in a row nothing moves any more.
 
   Args:
     state: before the step.
@@ -35,48 +42,109 @@ def train_step(
       'partner_label' and 'label_share'.
     flax_model: the adapted model.
     loss_fn: `loss_fn(logits, batch)` -> scalar that is minimised, with the method's penalty if it
-      has one.
+      has one: a mean over the examples whose 'batch_mask' is 1.
     metrics_fn: `metrics_fn(logits, batch)` -> {name: (sum, normalizer)}.
     tx: the optimizer over the trainable tree.
+    accumulate: parts of the batch whose gradients are computed one after the other and added; a
+      divisor of b. Memory is that of one part; the sum is that of the whole batch.
+    max_bad_steps: at least 1.
 
   Returns:
     The state after the step, and metrics: those of `metrics_fn`, 'loss' replaced by the minimised
-    one, plus the norms 'l2_grads' (before clipping), 'l2_updates' and 'l2_params'.
+    one, plus the norms 'l2_grads' (before clipping), 'l2_updates' and 'l2_params', and 'bad_steps',
+    those in a row up to now.
   """
-  dropout_rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.global_step)
+  asked = {name: value.max() for name, value in batch.items() if name == ASKED}
+  batch = {name: value for name, value in batch.items() if name != ASKED}
   batch = with_mixed_labels(batch, flax_model.num_classes)
-  penalty = flax_model.method.penalty
-
-  def loss_and_logits(trainable: Params) -> tuple[Array, tuple[Array, Any]]:
-    logits, model_state = flax_model.apply(
-      {'params': combine(trainable, frozen), **state.model_state},
-      batch['inputs'],
-      train=True,
-      rngs={'dropout': dropout_rng},
-      mutable=list(state.model_state),
-    )
-    loss = loss_fn(logits, batch)
-    if penalty is not None:
-      loss += penalty(trainable)
-    return loss, (logits, model_state)
-
-  (loss, (logits, model_state)), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(
-    state.trainable
-  )
+  gradient = _gradient_fn(state, frozen, flax_model, loss_fn, metrics_fn)
+  if accumulate == 1:
+    loss, metrics, model_state, grads = gradient(batch, state.model_state, state.global_step)
+  else:
+    loss, metrics, model_state, grads = _accumulated(gradient, state, batch, accumulate)
   updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
   trainable = optax.apply_updates(state.trainable, updates)
+  norms = {
+    'l2_grads': optax.tree.norm(grads),
+    'l2_updates': optax.tree.norm(updates),
+    'l2_params': optax.tree.norm(trainable),
+  }
+  finite = jnp.isfinite(loss) & jnp.isfinite(norms['l2_grads']) & jnp.isfinite(norms['l2_params'])
+  goes_on = state.bad_steps < max_bad_steps
+  bad_steps = jnp.where(goes_on, jnp.where(finite, 0, state.bad_steps + 1), state.bad_steps)
+  new = state.replace(trainable=trainable, opt_state=opt_state, model_state=model_state)
+  new = jax.tree.map(lambda a, b: jnp.where(finite & goes_on, a, b), new, state)
+  new = new.replace(global_step=state.global_step + goes_on, bad_steps=bad_steps)
+  alone = {'loss': loss, **norms, 'bad_steps': bad_steps, **asked}
   one = jnp.ones((), jnp.float32)
-  metrics = dict(metrics_fn(logits, batch))
-  metrics['loss'] = (loss, one)
-  metrics['l2_grads'] = (optax.tree.norm(grads), one)
-  metrics['l2_updates'] = (optax.tree.norm(updates), one)
-  metrics['l2_params'] = (optax.tree.norm(trainable), one)
-  return state.replace(
-    global_step=state.global_step + 1,
-    trainable=trainable,
-    opt_state=opt_state,
-    model_state=model_state,
-  ), metrics
+  return new, {**metrics, **{name: (value, one) for name, value in alone.items()}}
+
+
+def _gradient_fn(
+  state: TrainState,
+  frozen: Params,
+  flax_model: Adapted,
+  loss_fn: LossFn,
+  metrics_fn: MetricsFn,
+) -> Callable[..., tuple[Array, Metrics, Any, Params]]:
+  """`fn(batch, model_state, stream)` -> loss, metrics, new model state and gradient.
+
+  `stream` numbers the random stream that dropout draws from.
+  """
+  penalty = flax_model.method.penalty
+
+  def gradient(batch: Batch, model_state: Any, stream: Array) -> tuple[Array, Metrics, Any, Params]:
+    rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), stream)
+
+    def loss_and_logits(trainable: Params) -> tuple[Array, tuple[Array, Any]]:
+      logits, new_state = flax_model.apply(
+        {'params': combine(trainable, frozen), **model_state},
+        batch['inputs'],
+        train=True,
+        rngs={'dropout': rng},
+        mutable=list(model_state),
+      )
+      loss = loss_fn(logits, batch)
+      if penalty is not None:
+        loss += penalty(trainable)
+      return loss, (logits, new_state)
+
+    (loss, (logits, new_state)), grads = jax.value_and_grad(loss_and_logits, has_aux=True)(
+      state.trainable
+    )
+    return loss, dict(metrics_fn(logits, batch)), new_state, grads
+
+  return gradient
+
+
+def _accumulated(
+  gradient: Callable[..., Any], state: TrainState, batch: Batch, parts: int
+) -> tuple[Array, Metrics, Any, Params]:
+  """What `gradient` gives for the whole batch, computed part by part."""
+
+  def split(x: Array) -> Array:
+    # Every `parts`-th example: so each device splits its own share, and none moves to another.
+    return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+  pieces = {name: split(value) for name, value in batch.items()}
+  counts = pieces['batch_mask'].sum(1)
+  total = counts.sum()
+  weights = jnp.where(total > 0, counts / jnp.maximum(total, 1.0), 1.0 / parts)
+
+  def part(carry: tuple[Any, Any], i: Array) -> tuple[tuple[Any, Any], Any]:
+    grads, model_state = carry
+    piece = jax.tree.map(lambda x: x[i], pieces)
+    # With dropout the parts draw from streams of their own, which no step has.
+    stream = jnp.where(i == 0, state.global_step, -(state.global_step * parts + i))
+    loss, metrics, model_state, more = gradient(piece, model_state, stream)
+    grads = jax.tree.map(lambda a, b: a + weights[i] * b, grads, more)
+    return (grads, model_state), (weights[i] * loss, metrics)
+
+  nothing = jax.tree.map(jnp.zeros_like, state.trainable)
+  (grads, model_state), (losses, metrics) = jax.lax.scan(
+    part, (nothing, state.model_state), jnp.arange(parts)
+  )
+  return losses.sum(), jax.tree.map(lambda x: x.sum(0), metrics), model_state, grads
 
 
 def with_mixed_labels(batch: Batch, num_classes: int) -> Batch:
@@ -124,4 +192,7 @@ def eval_step(
     logits = jax.lax.map(view, jnp.arange(inputs.shape[1])).mean(0)
   else:
     logits = apply(inputs)
-  return dict(metrics_fn(logits, batch)), logits.argmax(-1)
+  metrics = dict(metrics_fn(logits, batch))
+  if ASKED in batch:
+    metrics[ASKED] = (batch[ASKED].max(), jnp.ones((), jnp.float32))
+  return metrics, logits.argmax(-1)

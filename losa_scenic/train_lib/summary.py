@@ -13,18 +13,32 @@ import jax
 from losa_scenic import __version__
 from losa_scenic.adapt_lib import fold
 from losa_scenic.adapt_lib.method import combine, split_head
-from losa_scenic.common_lib import trees
+from losa_scenic.common_lib import hosts, trees
 from losa_scenic.common_lib.types import Config, Params
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib import encoder
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.model_lib.spec import BackboneSpec
-from losa_scenic.train_lib import progress
+from losa_scenic.train_lib import heartbeat, memory, progress, sharding
 from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.weights_lib import backbones
 
-_OF_TRAINING = ('train_images_per_second', 'input_wait', 'resumed_from_step')
+_OF_TRAINING = (
+  'train_images_per_second',
+  'images_per_second_per_device',
+  'input_wait',
+  'step_time',
+  'mfu',
+  'peak_host_memory_gb',
+  'peak_device_memory_gb',
+  'bad_steps',
+  'devices',
+  'processes',
+  'device',
+  'resumed_from_step',
+)
+_SHARES = ('input_wait', 'device_wait', 'host')
 
 
 def content(
@@ -36,27 +50,40 @@ def content(
   start: int | None,
   bar: progress.Progress,
   evaluation: Mapping[str, float],
+  bad_steps: int = 0,
 ) -> dict[str, Any]:
   """The content of summary.json.
 
   Accuracies are in [0, 1], `test_accuracy` null if the test split was left out; parameter counts
   are scalars; `trainable_params` leaves out the classifier, whose count is `head_params`;
-  `train_images_per_second` covers this process's steps without compilation and evaluation, and is
-  null if it trained fewer than two, as is `input_wait`, the share of that time in which the run
-  waited for data; `bad_images` counts those that could not be read; `backbone_facts` says of a
+  `train_images_per_second`, of all devices together, covers this process's steps without
+  compilation and evaluation, and is null if it trained fewer than two, as are
+  `images_per_second_per_device`, `step_time`, the shares of that time in which the run waited for
+  data, waited for the device, and did the rest on the host (`input_wait` is the first of them), and
+  `mfu`, which is also null for devices whose peak is not known. Peaks of memory are in 2**30 bytes,
+  of this process and of the fullest of its devices, null for a CPU. `bad_steps` counts those that
+  were dropped because they were not finite, `bad_images` those that could not be read;
+  `backbone_facts` says of a
   public checkpoint which fields of its spec are from elsewhere than the shapes of its tensors, and
   from where.
   """
   rest, head = split_head(state.trainable)
   meta_data, spec = dataset.meta_data, model.backbone.spec
+  speed = bar.measurements()
   return {
     'test_accuracy': None,
     **evaluation,
     'trainable_params': trees.count(rest),
     'head_params': trees.count(head),
     'frozen_params': trees.count(frozen),
-    'train_images_per_second': bar.images_per_second or None,
-    'input_wait': bar.input_wait if bar.images_per_second else None,
+    'train_images_per_second': speed.get('img/sec'),
+    'images_per_second_per_device': speed.get('img/sec/device'),
+    'input_wait': speed.get('input_wait'),
+    'step_time': {name: speed[name] for name in _SHARES} if speed else None,
+    'mfu': speed.get('mfu'),
+    'peak_host_memory_gb': memory.peak_host_gb(),
+    'peak_device_memory_gb': memory.peak_device_gb(),
+    'bad_steps': bad_steps,
     'bad_images': len(dataset.train_ds.bad_files.problems),
     'num_steps': int(state.global_step),
     'seed': config.rng_seed,
@@ -81,6 +108,8 @@ def content(
     'num_train_examples': meta_data['num_train_examples'],
     'resumed_from_step': start,
     'device': f'{jax.device_count()} x {jax.devices()[0].device_kind}',
+    'devices': jax.device_count(),
+    'processes': jax.process_count(),
     'versions': {
       'losa_scenic': __version__,
       'jax': jax.__version__,
@@ -168,7 +197,7 @@ def _text(value: Any) -> str:
 
 def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
   """The summary as a few lines for people."""
-  bad = summary.get('bad_images')
+  bad_images, bad_steps = summary.get('bad_images'), summary.get('bad_steps')
   split = 'test' if summary['test_accuracy'] is not None else 'valid'
   percent = f'{100 * summary[f"{split}_accuracy"]:.2f} %'
   if summary['metric'] == 'per_class':
@@ -179,7 +208,9 @@ def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
     '  with the head': f'{summary["trainable_params"] + summary["head_params"]:,}',
     'frozen parameters': f'{summary["frozen_params"]:,}',
     'training speed': _speed(summary),
-    **({'bad images': f'{bad}, see bad_files.csv'} if bad else {}),
+    'most memory': _memory(summary),
+    **({'bad images': f'{bad_images}, see bad_files.csv'} if bad_images else {}),
+    **({'bad steps': f'{bad_steps} dropped, see bad_steps.jsonl'} if bad_steps else {}),
     'outputs': str(workdir),
     'curves': f'tensorboard --logdir {workdir}',
   }
@@ -189,11 +220,27 @@ def as_table(summary: Mapping[str, Any], workdir: pathlib.Path) -> str:
 
 
 def _speed(summary: Mapping[str, Any]) -> str:
-  rate, wait = summary['train_images_per_second'], summary.get('input_wait')
-  if not rate:
+  """In the words of the lines of a run."""
+  shares = summary.get('step_time')
+  if not summary['train_images_per_second'] or shares is None:
     return 'nothing left to train'
+  values = {
+    'img/sec': summary['train_images_per_second'],
+    'img/sec/device': summary['images_per_second_per_device'],
+    **shares,
+    **({} if summary['mfu'] is None else {'mfu': summary['mfu']}),
+  }
   unit = 'clips' if summary['preprocessing'].get('clips') else 'images'
-  return progress.speed(rate, wait or 0.0, unit)
+  return heartbeat.fit(heartbeat.pieces(None, values, unit), 100)
+
+
+def _memory(summary: Mapping[str, Any]) -> str:
+  """'1.2 GB of the host, 8.1 GB of a device'."""
+  places = {'host': 'the host', 'device': 'a device'}
+  held = {place: summary.get(f'peak_{place}_memory_gb') for place in places}
+  return ', '.join(
+    f'{heartbeat.number(gb, 100)} GB of {places[place]}' for place, gb in held.items() if gb
+  )
 
 
 def export_backbone(
@@ -205,10 +252,27 @@ def export_backbone(
 ) -> None:
   """Writes the tuned backbone, without classifier, where `config.export_backbone` says.
 
-  What the method inserted is merged into the weights (see `fold`).
+  What the method inserted is merged into the weights (see `fold`). In a run of several processes
+  all must call it; process 0 writes.
+
+  Raises:
+    errors.UserError: on every process, if the file cannot be written in a run of several.
+    OSError: in a run of one.
   """
+  params = combine(sharding.fetch(state.trainable), sharding.fetch(program.frozen))
+  hosts.on_first(lambda: _save_backbone(program, params, state, config, name, evaluation))
+
+
+def _save_backbone(
+  program: Program,
+  params: Params,
+  state: TrainState,
+  config: Config,
+  name: str,
+  evaluation: Mapping[str, float],
+) -> None:
+  """Merges and writes `params`, which are in the memory of this process."""
   model = program.model.flax_model
-  params = combine(jax.device_get(state.trainable), jax.device_get(program.frozen))
   params = fold.fold(model, params)
   stacked = params if model.scan else encoder.stack_layers(params)
   recipe = config.to_dict()

@@ -1,33 +1,36 @@
-"""The one train loop, behind Scenic's trainer contract.
+"""A run from its config to its summary, behind Scenic's trainer contract; the loop is `loop`'s."""
 
-Order within a step (do not change it: exact resume rests on it): train, log, evaluate, save best,
-flush what was logged, save last. Logged values are means since the last log or checkpoint, so a run
-that is continued from any checkpoint logs exactly what it would have logged uninterrupted.
-"""
-
+import contextlib
+import hashlib
 import json
+import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 from losa_scenic.adapt_lib.method import split_head
-from losa_scenic.common_lib import errors, trees
+from losa_scenic.common_lib import errors, hosts, trees
 from losa_scenic.common_lib.types import Array, Config
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import (
   checkpoints,
+  device_speed,
   evaluate,
-  metrics,
+  profile,
   progress,
   run_config,
-  sharding,
+  run_record,
+  stopping,
   summary,
+  watchdog,
   writers,
 )
 from losa_scenic.train_lib import workdir as workdir_lib
+from losa_scenic.train_lib.bad_steps import BadSteps
+from losa_scenic.train_lib.loop import Loop, Surroundings
 from losa_scenic.train_lib.program import Program, build_program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
@@ -54,6 +57,8 @@ def train(
 ) -> tuple[TrainState, dict[str, float], dict[str, Any]]:
   """Trains, evaluates, saves; continues from the workdir's last checkpoint if there is one.
 
+  In a run of several processes all call it; only the first one touches the workdir.
+
   Args:
     rng: a key: parameters, dropout.
     config: fields of `run_config.default_config`.
@@ -66,8 +71,9 @@ def train(
     (final state, last logged training metrics, the content of summary.json).
 
   Raises:
-    errors.UserError: for bad input, a workdir in use or of another run, a checkpoint that does not
-      fit, or a loss that is not finite.
+    errors.UserError: for bad input, a workdir in use or of another run, checkpoints that do not fit
+      or are all damaged, or, as `stopping.Diverged`, for too many steps that are not finite.
+    stopping.Stopped: after SIGTERM or Ctrl-C, when everything is saved.
   """
   workdir = pathlib.Path(workdir)
   config = run_config.resolve(config)
@@ -77,101 +83,167 @@ def train(
     raise errors.UserError(
       'Nothing would be evaluated: there is no validation split, and evaluate_test is False.'
     )
-  with workdir_lib.locked(workdir):
-    plain = config.to_dict()
-    workdir_lib.check_same_run(workdir, plain, run_config.MAY_CHANGE)
-    program, state = build_program(rng=rng, config=config, model_cls=model_cls, dataset=dataset)
-    data = {key: dataset.meta_data[key] for key in _DATA_IDENTITY}
-    identity = program.model.identity() | {'data': data}
-    saver = checkpoints.Checkpoints(workdir, identity, config.max_checkpoint_keep)
-    try:
-      start = saver.latest_step()
+  if not hosts.is_first():
+    writer = writers.MultiWriter()
+  with workdir_lib.locked(workdir), contextlib.closing(writer):
+    return _Run(config, dataset, workdir, writer).run(rng, model_cls)
+
+
+class _Run:
+  """What a run is made of, put together and taken apart again."""
+
+  def __init__(
+    self,
+    config: Config,
+    dataset: dataset_utils.Dataset,
+    workdir: pathlib.Path,
+    writer: Writer,
+  ):
+    self._config, self._plain = config, config.to_dict()
+    self._dataset, self._workdir, self._writer = dataset, workdir, writer
+    self._data = {key: dataset.meta_data[key] for key in _DATA_IDENTITY}
+    self._loop: Loop | None = None
+
+  def run(
+    self, rng: Array, model_cls: type[ClassificationModel]
+  ) -> tuple[TrainState, dict[str, float], dict[str, Any]]:
+    config, workdir = self._config, self._workdir
+    hosts.on_first(lambda: workdir_lib.check_same_run(workdir, self._plain, run_config.MAY_CHANGE))
+    hosts.check_equal({'config': _hash(self._plain), 'data': _hash(self._data)})
+    program, state = build_program(
+      rng=rng, config=config, model_cls=model_cls, dataset=self._dataset
+    )
+    identity = program.model.identity() | {'data': self._data}
+    with contextlib.closing(
+      checkpoints.Checkpoints(workdir, identity, config.max_checkpoint_keep)
+    ) as saver:
+      start, notes = saver.latest_step(), {}
       if start is not None:
-        state = saver.restore(state)
-      workdir_lib.write_json(workdir / 'config.json', plain)
+        state, notes = saver.restore(state)
+        start = int(state.global_step)
+      self._prepare(start, notes)
+      record = run_record.RunRecord(workdir)
+      hosts.on_first(lambda: record.start(self._plain, program.mesh.shape, start))
+      how = 'finished'
+      try:
+        loop = self._trained(program, state, start, notes, saver)
+        content = self._finish(program, loop, start, notes)
+      except stopping.Stopped as e:
+        how = f'stopped by {e.signal_name}'
+        raise
+      except BaseException as e:
+        how = f'error: {type(e).__name__}: {e}'
+        raise
+      finally:
+        record.end(how, self._loop and self._loop.step)
+    if config.export_backbone:  # Last: should it fail, everything else is there.
+      summary.export_backbone(program, loop.state, config, self._name, loop.eval_summary)
+    return loop.state, loop.train_summary, content
+
+  @property
+  def _name(self) -> str:
+    return self._dataset.meta_data.get('name') or self._config.dataset_name
+
+  def _prepare(self, start: int | None, notes: Mapping[str, Any]) -> None:
+    """Makes the workdir that of a run which goes on from step `start`, or begins."""
+    workdir, writer = self._workdir, self._writer
+    bad_files = self._dataset.train_ds.bad_files
+
+    def prepare() -> None:
+      workdir_lib.write_json(workdir / 'config.json', self._plain)
       if start is None:
         (workdir / 'bad_files.csv').unlink(missing_ok=True)
-      dataset.train_ds.bad_files.keep_in(workdir / 'bad_files.csv')
       if hasattr(writer, 'rewind'):
-        writer.rewind(-1 if start is None else start)
+        writer.rewind(-1 if start is None else start, notes.get('evaluated', True))
       if start is None:
-        writer.write_texts(0, {'config': f'```\n{json.dumps(plain, indent=1)}\n```'})
-      return _run(program, state, start, config, dataset, workdir, writer, saver)
+        writer.write_texts(0, {'config': f'```\n{json.dumps(self._plain, indent=1)}\n```'})
+
+    hosts.on_first(prepare)
+    if hosts.is_first():
+      bad_files.keep_in(workdir / 'bad_files.csv')
+    bad_files.share(hosts.gather)
+
+  def _trained(
+    self,
+    program: Program,
+    state: TrainState,
+    start: int | None,
+    notes: Mapping[str, Any],
+    saver: checkpoints.Checkpoints,
+  ) -> Loop:
+    """Runs the loop to its end."""
+    config, dataset, first = self._config, self._dataset, start or 0
+    bar = progress.Progress(
+      first,
+      program.total_steps,
+      config.batch_size,
+      unit='clips' if dataset.meta_data.get('clips') else 'images',
+      devices=program.mesh.size,
+      peak=device_speed.peak(jax.devices()[0].device_kind, config.model_dtype_str),
+      quiet=not hosts.is_first(),
+    )
+    self._bar = bar
+    for line in (
+      _headline(program, state, config, start, self._name),
+      *summary.data_lines(dataset.meta_data, program.model.backbone.spec),
+      summary.guesses(config.backbone, program.model.backbone),
+    ):
+      if line:
+        bar.say(line)
+    watching = watchdog.Watchdog(
+      bar.say,
+      config.watchdog_seconds or math.inf,
+      config.hang_limit_seconds,
+      self._reading,
+    )
+    requests = stopping.Requests(60 * config.checkpoint_minutes or None)
+    profiler = profile.Profiler(self._workdir, config.profile_steps, bar.say)
+    self._bad_steps = BadSteps(self._workdir / 'bad_steps.jsonl', first, config.max_bad_steps)
+    around = Surroundings(self._writer, saver, bar, watching, requests, profiler, self._bad_steps)
+    self._loop = loop = Loop(program, state, config, dataset, around, notes)
+    try:
+      loop.run()
     finally:
-      saver.close()
-      writer.close()
+      for one in (requests, watching, profiler, bar):
+        one.close()
+    return loop
 
+  def _reading(self) -> list[str]:
+    """What the data set's threads and processes read now."""
+    parts = (self._dataset.train_ds, self._dataset.valid_ds, self._dataset.test_ds)
+    return list(
+      dict.fromkeys(line for part in parts if part is not None for line in part.reading())
+    )
 
-def _run(
-  program: Program,
-  state: TrainState,
-  start: int | None,
-  config: Config,
-  dataset: dataset_utils.Dataset,
-  workdir: pathlib.Path,
-  writer: Writer,
-  saver: checkpoints.Checkpoints,
-) -> tuple[TrainState, dict[str, float], dict[str, Any]]:
-  """The loop from step `start` on, and what follows it."""
-  total, first = program.total_steps, start or 0
-  eval_every = config.log_eval_steps or program.steps_per_epoch
-  save_every = config.checkpoint_steps or program.steps_per_epoch
-  bar = progress.Progress(
-    first, total, config.batch_size, unit='clips' if dataset.meta_data.get('clips') else 'images'
-  )
-  name = dataset.meta_data.get('name') or config.dataset_name
-  bar.say(_headline(program, state, config, start, name))
-  for line in (
-    *summary.data_lines(dataset.meta_data, program.model.backbone.spec),
-    summary.guesses(config.backbone, program.model.backbone),
-  ):
-    if line:
-      bar.say(line)
-  pending, train_summary, eval_summary = [], {}, {}
-  batches = bar.timed(dataset_utils.iterate(dataset.train_ds, first, total))
-  for step, batch in enumerate(batches, start=first + 1):
-    batch = sharding.put(batch, program.mesh)
-    state, step_metrics = program.train_step(state, program.frozen, batch)
-    pending.append(step_metrics)
-    if step == first + 1:
-      jax.block_until_ready(step_metrics)  # The clock starts after compilation.
-    elif len(pending) > 2:
-      jax.block_until_ready(pending[-3])  # Keeps at most two batches in flight.
-    bar.step()
-    bar.run()
-    saves = config.checkpoint and (step % save_every == 0 or step == total)
-    if step % config.log_summary_steps == 0 or saves or step == total:
-      train_summary = _log_training(program, pending, step, bar, writer)
-    bar.show(step)
-    if dataset.valid_ds is not None and (step % eval_every == 0 or step == total):
-      metrics.check_finite(jax.device_get(pending), step)
-      bar.pause()
-      eval_summary = evaluate.evaluate(program, state, dataset, 'valid', step, writer)
-      bar.say(f'step {step}/{total}  valid accuracy {eval_summary["valid_accuracy"]:.4f}')
-      if config.checkpoint:
-        saver.save_best(state, eval_summary['valid_accuracy'])
-      bar.run()
-    if step == total and config.evaluate_test:
-      bar.pause()
-      eval_summary |= evaluate.evaluate(program, state, dataset, 'test', step, writer)
-    if saves:
-      writer.flush()  # What a checkpoint stands for is on disk before it.
-      saver.save(state)
-  bar.close()
-  if first >= total:
-    eval_summary = _evaluate_finished(program, state, config, dataset)
-  writer.flush()
-  saver.close()
-  content = summary.content(
-    program.model, state, program.frozen, config, dataset, start, bar, eval_summary
-  )
-  if first >= total:
-    content |= summary.of_training(workdir)
-  workdir_lib.write_json(workdir / 'summary.json', content)
-  print(summary.as_table(content, workdir))
-  if config.export_backbone:  # Last: should it fail, everything else is there.
-    summary.export_backbone(program, state, config, name, eval_summary)
-  return state, train_summary, content
+  def _finish(
+    self, program: Program, loop: Loop, start: int | None, notes: Mapping[str, Any]
+  ) -> dict[str, Any]:
+    """Writes the summary, on the first process."""
+    config, dataset, workdir = self._config, self._dataset, self._workdir
+    had_ended = start is not None and start >= program.total_steps
+    if had_ended and notes.get('evaluated', True):
+      loop.eval_summary = _evaluate_finished(program, loop.state, config, dataset)
+    self._writer.flush()
+    content = summary.content(
+      program.model,
+      loop.state,
+      program.frozen,
+      config,
+      dataset,
+      start,
+      self._bar,
+      loop.eval_summary,
+      bad_steps=self._bad_steps.count,
+    )
+
+    def finish() -> None:
+      former = summary.of_training(workdir) if had_ended else {}
+      content.update(former)
+      workdir_lib.write_json(workdir / 'summary.json', content)
+      print(summary.as_table(content, workdir))
+
+    hosts.on_first(finish)
+    return content
 
 
 def _evaluate_finished(
@@ -184,37 +256,12 @@ def _evaluate_finished(
   values: dict[str, float] = {}
   for split in ('valid', 'test') if config.evaluate_test else ('valid',):
     if getattr(dataset, f'{split}_ds') is not None:
-      nowhere = writers.MultiWriter()
-      values |= evaluate.evaluate(program, state, dataset, split, program.total_steps, nowhere)
+      values |= evaluate.evaluate(program, state, dataset, split).values
   return values
 
 
-def _log_training(
-  program: Program,
-  pending: list[dict[str, Any]],
-  step: int,
-  bar: progress.Progress,
-  writer: Writer,
-) -> dict[str, float]:
-  """Writes the means of the pending metrics, which it empties, and returns them.
-
-  Raises:
-    errors.UserError: if a loss or a gradient is not finite.
-  """
-  values = jax.device_get(pending)
-  pending.clear()
-  metrics.check_finite(values, step)
-  means = metrics.normalize(metrics.accumulate(values))
-  train_summary = {f'train_{name}': value for name, value in means.items()}
-  bar.loss(train_summary['train_loss'])
-  extra = {
-    'learning_rate': float(program.learning_rate(step - 1)),
-    'epoch': step * program.epochs_per_step,
-    'img/sec': bar.images_per_second,
-    'input_wait': bar.input_wait,
-  }
-  writer.write_scalars(step, train_summary | extra)
-  return train_summary
+def _hash(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _headline(
@@ -222,6 +269,8 @@ def _headline(
 ) -> str:
   rest, head = split_head(state.trainable)
   devices = f'{program.mesh.size} x {jax.devices()[0].device_kind}'
+  if jax.process_count() > 1:
+    devices += f' in {jax.process_count()} processes'
   origin = 'starting' if start is None else f'continuing from step {start}'
   return (
     f'{config.method} on {config.backbone}, {name}: {trees.count(rest):,} '

@@ -6,38 +6,59 @@ import json
 import os
 import pathlib
 import socket
+import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from losa_scenic.common_lib import errors
+from losa_scenic.common_lib import errors, hosts
+
+_ATTEMPTS = 5
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path) -> Iterator[None]:
   """Holds the run's lock; the operating system frees it however the process ends.
 
+  Of several processes the first holds it for all.
+
   Raises:
     errors.UserError: if the directory cannot be written, or a live run holds it.
   """
+  with contextlib.ExitStack() as held:
+    hosts.on_first(lambda: _lock(workdir, held))
+    yield
+
+
+def check_free(workdir: pathlib.Path) -> None:
+  """Raises as `locked`, long before a run needs the lock: what comes first may take minutes."""
+  with contextlib.ExitStack() as held:
+    hosts.on_first(lambda: _lock(workdir, held))
+
+
+def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
+  """Takes the lock, to be freed with `held`."""
   try:
     workdir.mkdir(parents=True, exist_ok=True)
-    file = open(workdir / '.lock', 'a+')  # noqa: SIM115 (closed below, after the run)
+    file = held.enter_context((workdir / '.lock').open('a+'))
   except OSError as e:
     raise errors.UserError(f'Cannot write to the workdir {workdir}: {e.strerror}.') from None
-  with file:
+  for attempt in reversed(range(_ATTEMPTS)):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      break
     except BlockingIOError:
+      if attempt:
+        time.sleep(0.05)  # Another command may only be looking.
+        continue
       file.seek(0)
       owner = file.read().strip() or 'another process'
       raise errors.UserError(
         f'The workdir {workdir} is in use by a live run ({owner}). Wait for it, or choose '
         'another --workdir.'
       ) from None
-    file.truncate(0)
-    file.write(f'host {socket.gethostname()}, process {os.getpid()}')
-    file.flush()
-    yield
+  file.truncate(0)
+  file.write(f'host {socket.gethostname()}, process {os.getpid()}')
+  file.flush()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -4,9 +4,14 @@ The interface is that of clu's `MetricWriter` (write_scalars, write_images, writ
 write_hparams, flush, close), so a clu writer can be used in their place; `rewind` is ours.
 """
 
+import contextlib
 import json
+import math
 import os
 import pathlib
+import re
+import socket
+import struct
 import time
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -30,36 +35,92 @@ class Writer(Protocol):
   def close(self) -> None: ...
 
 
+class _Records:
+  """A file that records are appended to, each wholly or, if there is no room for it, not at all."""
+
+  def __init__(self, path: pathlib.Path):
+    """Opens or creates `path`."""
+    self._path = path
+    self._fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    self._size, self._unflushed = os.fstat(self._fd).st_size, False
+
+  def add(self, record: bytes) -> None:
+    """Appends a record; it is seen by other processes at once. Raises `OSError` naming the file."""
+    self._unflushed = True
+    rest = memoryview(record)
+    try:
+      while rest:
+        rest = rest[os.write(self._fd, rest) :]
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        os.ftruncate(self._fd, self._size)
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
+    self._size += len(record)
+
+  def flush(self) -> None:
+    """Waits until all is on the disk; at once if nothing was added since the last time.
+
+    Raises:
+      OSError: naming the file.
+    """
+    if not self._unflushed:
+      return
+    try:
+      os.fsync(self._fd)
+    except OSError as error:
+      raise OSError(error.errno, error.strerror, str(self._path)) from error
+    self._unflushed = False
+
+  def close(self) -> None:
+    """Closes the file, once."""
+    if self._fd >= 0:
+      fd, self._fd = self._fd, -1
+      os.close(fd)
+
+
 class JsonLinesWriter:
   """Scalars as one JSON object a line: {"step": 20, "train_loss": 0.5, ...}; floats exactly."""
 
   def __init__(self, path: pathlib.Path):
     """Appends to `path`."""
     self._path = path
-    self._file = None
+    self._file: _Records | None = None
 
-  def rewind(self, step: int) -> None:
-    """Forgets lines after `step` (and a half-written last one): the run goes on from there."""
+  def rewind(self, step: int, evaluated: bool = True) -> None:
+    """Forgets lines after `step` (and half-written ones): the run goes on from there.
+
+    The lines that stay are not written again, so it needs no room on the disk.
+
+    Args:
+      step: the last one that counts.
+      evaluated: whether its evaluation counts too; else it will come again.
+    """
     self.close()
     if not self._path.exists():
       return
-    kept = []
-    for line in self._path.read_text().splitlines():
-      try:
-        if json.loads(line)['step'] <= step:
-          kept.append(line)
-      except (json.JSONDecodeError, KeyError):
-        break
+    data = self._path.read_bytes()
+    kept = b''.join(
+      line + b'\n'
+      for line in data.split(b'\n')
+      if (at := _step(line)) < step or (at == step and (evaluated or b'"train_loss"' in line))
+    )
+    if data.startswith(kept):
+      with self._path.open('r+b') as file:
+        file.truncate(len(kept))
+        os.fsync(file.fileno())
+      return
     temporary = self._path.with_name(f'.{self._path.name}.tmp')
-    temporary.write_text(''.join(f'{line}\n' for line in kept))
+    with temporary.open('wb') as file:
+      file.write(kept)
+      file.flush()
+      os.fsync(file.fileno())
     temporary.replace(self._path)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     if self._file is None:
-      self._file = open(self._path, 'a')  # noqa: SIM115 (kept open until close)
+      self._file = _Records(self._path)
     row = {'step': int(step)} | {k: float(v) for k, v in scalars.items()}
-    self._file.write(json.dumps(row) + '\n')
-    self._file.flush()
+    self._file.add(f'{json.dumps(row)}\n'.encode())
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Not kept as JSON."""
@@ -73,12 +134,19 @@ class JsonLinesWriter:
   def flush(self) -> None:
     if self._file is not None:
       self._file.flush()
-      os.fsync(self._file.fileno())
 
   def close(self) -> None:
     if self._file is not None:
       self._file.close()
       self._file = None
+
+
+def _step(line: bytes) -> float:
+  """The step of a line; infinite if it is no whole one."""
+  try:
+    return float(json.loads(line)['step'])
+  except (ValueError, KeyError, TypeError):
+    return math.inf
 
 
 _SPLITS = ('train', 'valid', 'test')
@@ -96,8 +164,37 @@ def tag(name: str) -> str:
   return f'progress/{name.replace("/", "_per_")}'
 
 
+_EVENTS = 'events.out.tfevents.'
+
+
+def _event_file(logdir: pathlib.Path) -> pathlib.Path:
+  """The name of a new event file: after all that are there, as TensorBoard reads them by name.
+
+  Names start with the second of their making. Where the clock has gone back since, the second
+  after that of the last file is taken.
+  """
+  last = max((file.name for file in logdir.iterdir() if 'tfevents' in file.name), default='')
+  stamp, known = int(time.time()), re.match(rf'{re.escape(_EVENTS)}(\d{{10}})\.', last)
+  if known:
+    stamp = max(stamp, int(known[1]) + 1)
+  name = f'{_EVENTS}{stamp:010}.{socket.gethostname()}.{time.time_ns()}'
+  # Other programs name theirs differently, but what begins with a name sorts after it.
+  return logdir / (name if name > last else f'{last}.{name}')
+
+
+def _event(step: int, **content: Any) -> bytes:
+  """A TensorBoard event as a record of a TFRecord file: length, content, a checksum after each."""
+  from tensorboardX import record_writer
+  from tensorboardX.proto import event_pb2
+
+  event = event_pb2.Event(step=step, wall_time=time.time(), **content).SerializeToString()
+  length = struct.pack('<Q', len(event))
+  sums = [struct.pack('<I', record_writer.masked_crc32c(part)) for part in (length, event)]
+  return length + sums[0] + event + sums[1]
+
+
 class TensorBoardWriter:
-  """TensorBoard event files through tensorboardX; tags are those of `tag`.
+  """TensorBoard event files, made of tensorboardX's events; tags are those of `tag`.
 
   Events are written by the calling thread: tensorboardX's own queue would lose those before a
   checkpoint when the process is killed, and `flush` does not wait for it.
@@ -107,25 +204,25 @@ class TensorBoardWriter:
     """The event file is created at the first write."""
     self._logdir = logdir
     self._purge_step: int | None = None
-    self._events = None
+    self._events: _Records | None = None
 
   def _add(self, step: int, **content: Any) -> None:
-    from tensorboardX import event_file_writer
     from tensorboardX.proto import event_pb2
 
     if self._events is None:
       self._logdir.mkdir(parents=True, exist_ok=True)
-      # TensorBoard reads files in the order of their names; no two may be the same.
-      self._events = event_file_writer.EventsWriter(
-        str(self._logdir / 'events'), filename_suffix=f'.{time.time_ns()}'
-      )
+      first = _event(0, file_version='brain.Event:2')
       if self._purge_step is not None:
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(self._purge_step, session_log=start)
-    self._events.write_event(event_pb2.Event(step=step, wall_time=time.time(), **content))
+        first += _event(self._purge_step, session_log=start)
+      events = _Records(_event_file(self._logdir))
+      events.add(first)  # Together: without the second, what came before would be shown for ever.
+      self._events = events
+    self._events.add(_event(step, **content))
 
-  def rewind(self, step: int) -> None:
-    """Tells TensorBoard to forget events after `step`."""
+  def rewind(self, step: int, evaluated: bool = True) -> None:
+    """Tells TensorBoard to forget events after `step`; see `JsonLinesWriter.rewind`."""
+    del evaluated  # The same values twice at one step are one point.
     self.close()
     self._purge_step = step + 1
 
@@ -169,11 +266,11 @@ class MultiWriter:
     """Takes the writers in the order in which they are called."""
     self._writers = writers
 
-  def rewind(self, step: int) -> None:
-    """Forgets what was written after `step`, where a writer can."""
+  def rewind(self, step: int, evaluated: bool = True) -> None:
+    """Forgets what was written after `step`, where a writer can; see `JsonLinesWriter.rewind`."""
     for writer in self._writers:
       if hasattr(writer, 'rewind'):
-        writer.rewind(step)
+        writer.rewind(step, evaluated)
 
   def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
     for writer in self._writers:
@@ -196,8 +293,10 @@ class MultiWriter:
       writer.flush()
 
   def close(self) -> None:
-    for writer in self._writers:
-      writer.close()
+    """Closes all, also if one fails."""
+    with contextlib.ExitStack() as stack:
+      for writer in self._writers[::-1]:
+        stack.callback(writer.close)
 
 
 def create_default_writer(workdir: pathlib.Path) -> MultiWriter:

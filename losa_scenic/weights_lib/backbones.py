@@ -217,7 +217,7 @@ def load(
   *,
   stack: bool = True,
   dtype: Callable[[str], Any] | None = None,
-  place: Callable[[np.ndarray], jax.Array] = jax.device_put,
+  place: Callable[[str, np.ndarray], jax.Array] = lambda _, value: jax.device_put(value),
 ) -> dict[str, Any]:
   """Reads stored weights, one parameter after the other, onto the devices.
 
@@ -230,7 +230,8 @@ def load(
     stack: stack the layers.
     dtype: the dtype to store a parameter in, by its path with layers as they will be; the file's
       when None.
-    place: puts an array of the host on devices; with a sharding, each gets its part alone.
+    place: `place(path, value)` puts an array of the host on devices; with a sharding, each gets its
+      part alone.
 
   Returns:
     The tree of the plain backbone's parameters.
@@ -254,10 +255,10 @@ def load(
 
   flat: dict[str, Any] = {}
   if not stack:
-    return trees.unflatten({path: place(_aligned(read(path, path))) for path in wanted})
+    return trees.unflatten({path: place(path, _aligned(read(path, path))) for path in wanted})
   for name, shape in stored.stack_shapes(wanted).items():
     if not name.startswith('encoder/layers/'):
-      flat[name] = place(_aligned(read(name, name)))
+      flat[name] = place(name, _aligned(read(name, name)))
       continue
     whole = _mapped_layers(weights, backbone.spec, name, dtype)
     if whole is None:
@@ -267,7 +268,7 @@ def load(
       whole[0] = first
       for i, value in enumerate(layers, start=1):
         whole[i] = value
-    flat[name] = place(whole)
+    flat[name] = place(name, whole)
   return trees.unflatten(flat)
 
 

@@ -64,14 +64,16 @@ def test_the_command_says_what_is_compiled(monkeypatch, capsys):
 
   monkeypatch.setattr(gpu_memory, 'compile_step', compile_step)
   more = ['--set', 'rank=3', '--batch_size=7', '--num_classes=5', '--dtype=float32', '--remat']
+  more += ['--devices=4', '--fsdp=2']
   assert bench.main(['memory', *SMALL, *more, '--attention=chunked', '--optimizer=adamw']) == 0
   model, tx, *rest = given
-  assert rest == [7, np.dtype('float32'), 'chunked', 'h100']
-  assert (model.num_classes, model.dtype, model.remat, model.scan) == (5, 'float32', True, False)
+  assert rest == [7, np.dtype('float32'), 'chunked', 'h100', 4, 2]
+  assert (model.num_classes, model.dtype, model.remat, model.scan) == (5, 'float32', True, True)
   weights = {'kernel': np.ones((2, 3), np.float32)}
   assert sum(np.size(leaf) for leaf in jax.tree.leaves(tx.init(weights))) == 2 * 6 + 2
   printed = json.loads(capsys.readouterr().out)
-  assert printed['set'] == {'rank': 3} and printed['layer_loop'] == 'unroll'
+  assert printed['set'] == {'rank': 3} and printed['layer_loop'] == 'scan'
+  assert (printed['devices'], printed['fsdp']) == (4, 2)
   assert printed['total_mib'] == round(1025 / 2**20, 1)
 
 
@@ -99,6 +101,8 @@ def test_the_loop_over_layers_is_that_of_a_run(monkeypatch, method, loop, scan):
     (['--attention=fuse'], "Did you mean 'fused'"),
     (['--batch_size=0'], 'batch_size must be an integer of at least 1'),
     (['--num_classes=0'], 'num_classes must be'),
+    (['--devices=0'], 'devices must be an integer of at least 1'),
+    (['--fsdp=0'], 'fsdp must be an integer of at least 1'),
     (['--set', 'rnk=3'], "Did you mean 'rank'"),
   ],
 )
@@ -151,3 +155,9 @@ def test_a_step_is_planned_without_a_gpu():
   expected = (8 * counted['frozen_params'] + clips) / 2**20
   assert full['arguments_mib'] == pytest.approx(expected, abs=0.1)
   assert full['total_mib'] > linear['total_mib'] > linear['arguments_mib']
+  # Two GPUs share the layers: four square matrices and two of the MLP, biases and norms.
+  model = ('--backbone=S/16', '--method=linear', '--layer_loop=scan')
+  alone, shared = planned(*model), planned(*model, '--devices=2', '--fsdp=2')
+  layers = 12 * (4 * 384 * 384 + 2 * 384 * 1536 + 9 * 384 + 1536)
+  saved = alone['arguments_mib'] - shared['arguments_mib']
+  assert saved == pytest.approx(2 * layers / 2 / 2**20, abs=0.2)

@@ -1,6 +1,10 @@
 """The list of unreadable images: each once, however often a run is started again."""
 
 import csv
+import json
+import re
+import threading
+from concurrent import futures
 
 import pytest
 
@@ -94,3 +98,84 @@ def test_a_run_over_its_limit_stays_over_it(tmp_path):
     listed.keep_in(tmp_path / 'bad.csv')
     with pytest.raises(errors.UserError, match='unreadable image 1 of the 30'):
       listed.add([problem(1)])
+
+
+def on_hosts(count: int, work) -> list:
+  """Calls `work(host, gather)` for every host in a thread; values are gathered as JSON."""
+  there, barrier = [''] * count, threading.Barrier(count)
+
+  def run(host: int):
+    def gather(value):
+      there[host] = json.dumps(value)
+      barrier.wait(10)
+      values = [json.loads(text) for text in there]
+      barrier.wait(10)
+      return values
+
+    return work(host, gather)
+
+  with futures.ThreadPoolExecutor(count) as pool:
+    return list(pool.map(run, range(count)))
+
+
+def test_hosts_come_to_one_list_and_the_first_writes_it(tmp_path, capsys):
+  path = tmp_path / 'bad.csv'
+  former = BadFiles(COUNTS, 0.1)
+  former.keep_in(path)
+  former.add([problem(5)])
+  capsys.readouterr()
+  odd = Problem('train', 9, 'caf\udce9.jpg', 'truncated')
+  met = [
+    ([problem(1), problem(2)], []),
+    ([problem(2), problem(3), problem(5)], [odd]),
+    ([], [problem(1)]),
+  ]
+
+  def work(host, gather):
+    listed = BadFiles(COUNTS, 0.1, host=host, hosts=3)
+    listed.keep_in(path)
+    for part in met[host]:
+      listed.add(part)
+      assert odd not in listed.problems.values()  # Nothing counts before it is shared.
+      listed.share(gather)
+    return listed
+
+  hosts = on_hosts(3, work)
+  together = [problem(5), problem(1), problem(2), problem(3), odd]
+  assert [list(listed.problems.values()) for listed in hosts] == [together] * 3
+  assert [listed.path for listed in hosts] == [path, None, None]
+  again = BadFiles(COUNTS, 0.1)
+  again.keep_in(path)
+  assert list(again.problems.values()) == together
+  assert capsys.readouterr().err.count('bad image (') == 4  # The former one was said then.
+
+
+@pytest.mark.parametrize('listed_before', [False, True])
+def test_hosts_end_together_with_the_same_error(tmp_path, listed_before):
+  path = tmp_path / 'bad.csv'
+  if listed_before:
+    former = BadFiles({'train': 30}, 0.1)
+    former.keep_in(path)
+    former.add([problem(7)])
+  met = [[problem(1), problem(2)], [problem(3), problem(4)]]
+
+  def work(host, gather):
+    listed = BadFiles({'train': 30}, 0.1, host=host, hosts=2)
+    listed.keep_in(path)
+    listed.share(gather)  # The former ones alone are within the limit.
+    listed.add(met[host])  # And so is what each host has met.
+    with pytest.raises(errors.UserError) as caught:
+      listed.share(gather)
+    return str(caught.value)
+
+  first, second = on_hosts(2, work)
+  assert first == second
+  assert re.search(r'unreadable image \d of the 30 .* at most 3 are', first), first
+  assert len(rows(path)) == 4 + listed_before
+
+
+def test_a_single_host_shares_nothing():
+  listed = BadFiles(COUNTS, 0.1)
+  listed.add([problem(1)])
+  listed.share(lambda value: pytest.fail('nobody to gather from'))
+  assert list(listed.problems.values()) == [problem(1)]

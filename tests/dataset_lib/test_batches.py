@@ -148,6 +148,16 @@ def test_unreadable_images_are_listed_once_and_not_in_the_batches(capsys, tmp_pa
   ]
 
 
+def test_names_of_the_images_of_a_batch():
+  dataset = build(dtype_str='float32')
+  assert dataset.train_ds.names(np.array([3, -1, 49])) == ['item[3]', '', 'item[49]']
+  assert dataset.test_ds.names([]) == []
+  # Where a source has to be read for it, also of those that cannot be.
+  dataset, _ = holed({3, 17}, {8}, max_bad_fraction=0.1)
+  assert dataset.train_ds.names([17, 2, -1]) == ['cats/17.jpg', 'cats/2.jpg', '']
+  assert not dataset.train_ds.bad_files.problems
+
+
 def test_errors_of_a_source_reach_the_consumer_of_iterate():
   dataset, _ = holed({3, 17}, set(), max_bad_fraction=0.05)
   with pytest.raises(errors.UserError, match=r'cats/\d+\.jpg: truncated\. .*at most 1 are allowed'):

@@ -10,6 +10,8 @@ import psutil
 import pytest
 from PIL import Image
 
+from losa_scenic.dataset_lib import dataset_utils, datasets
+
 COUNT, BATCH, STEPS = 45, 6, 23  # Three epochs are 22.5 batches.
 # Prints a line for every batch: the positions seen and a checksum of what is shown.
 PROGRAM = """
@@ -88,6 +90,50 @@ def test_two_hosts(folder, alone):
   assert together == alone
   tested = [i for ids, mask in alone[STEPS:] for i, m in zip(ids, mask, strict=True) if m]
   assert tested == list(range(10))
+
+
+def of_hosts(folder, hosts: int, **options) -> list[dataset_utils.Dataset]:
+  return [
+    datasets.build_dataset(
+      'image_folder',
+      batch_size=12,
+      image_size=8,
+      shuffle_seed=3,
+      dataset_configs={'root': str(folder), 'val_fraction': 0.0},
+      host=host,
+      hosts=hosts,
+      **options,
+    )
+    for host in range(hosts)
+  ]
+
+
+@pytest.mark.parametrize('hosts', [2, 4])
+@pytest.mark.parametrize('eval_batch_size', [4, 8, 16])
+def test_global_batches_are_the_same_for_any_number_of_hosts(folder, hosts, eval_batch_size):
+  (alone,) = of_hosts(folder, 1, eval_batch_size=eval_batch_size)
+  parts = of_hosts(folder, hosts, eval_batch_size=eval_batch_size)
+  # An epoch ends within the fourth batch. Of 10 test images the last batch is never full: some
+  # hosts have none of it, but as many batches as the others.
+  count = -(-10 // eval_batch_size)
+  assert {len(part.test_ds) for part in parts} == {len(alone.test_ds)} == {count}
+  for name, steps in (('train_ds', (0, 3, 40)), ('test_ds', range(count))):
+    for step in steps:
+      batches = [getattr(part, name)[step] for part in parts]
+      whole = getattr(alone, name)[step]
+      assert {len(batch['index']) for batch in batches} == {len(whole['index']) // hosts}
+      for key, value in whole.items():
+        np.testing.assert_array_equal(np.concatenate([batch[key] for batch in batches]), value)
+  tested = [
+    int(i)
+    for number in range(count)
+    for part in parts
+    for i, m in zip(*(part.test_ds[number][k] for k in ('index', 'batch_mask')), strict=True)
+    if m
+  ]
+  assert tested == list(range(10))
+  masked = np.concatenate([part.test_ds[count - 1]['index'] for part in parts])
+  assert (masked == -1).sum() == count * eval_batch_size - 10
 
 
 def test_killed_within_an_epoch_and_started_again(folder, alone):

@@ -52,6 +52,7 @@ def test_reads_every_image_into_its_split(tmp_path):
     for i, member in enumerate(members):
       image, label, name = source[i]
       assert name == f'{tmp_path}/pack.npz, image {member}' and label == member % 3
+      assert name == source.id(i)
       decoded = decode.decode(image, name)
       assert decoded.shape == (9, 5 + member, 3)
       assert (decoded == (member, 2 * member, 3 * member)).all()

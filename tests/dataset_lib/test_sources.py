@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import sources
+from losa_scenic.dataset_lib import clip_files, playback, sources
 
 
 def array_source(start: int, count: int) -> sources.ArraySource:
@@ -201,3 +201,31 @@ def test_an_error_that_may_pass_is_met_by_reading_again_once(files, monkeypatch,
     files[2]
   assert caught.value.reason == f'cannot be read ({os.strerror(code)})'
   assert len(calls) == 1 + is_passing
+
+
+class Unnamed:
+  """A source that knows no name before it reads."""
+
+  def __len__(self) -> int:
+    return 10
+
+  def __getitem__(self, index: int) -> sources.Record:
+    return array_source(0, 10)[index]
+
+
+def test_names_are_known_before_anything_is_read(files, tmp_path):
+  known = [
+    array_source(3, 10),
+    files,
+    sources.Subset(array_source(3, 10), [7, 2]),
+    sources.Concat([array_source(0, 4), files]),
+    clip_files.ClipFiles(tmp_path, ['a.mp4', 'b/c.mp4'], [0, 1], num_classes=2),
+  ]
+  known.append(playback.Playback(known[-1]))
+  for source in known:
+    for i in range(len(source)):
+      assert sources.name(source, i) == source[i].id
+  gone = sources.FileSource(tmp_path, ['gone.jpg'], [0], num_classes=1)
+  assert sources.name(gone, 0) == str(tmp_path / 'gone.jpg')
+  for source in (Unnamed(), sources.Subset(Unnamed(), [3]), sources.Concat([Unnamed()])):
+    assert sources.name(source, 0) is None

@@ -60,7 +60,9 @@ def evaluated(eval_batch_size: int, metric: str = 'accuracy'):
     lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), state.trainable
   )
   state, writer = state.replace(trainable=trainable), Notes()
-  return evaluate.evaluate(made, state, dataset, 'test', 7, writer), writer, made, state
+  found = evaluate.evaluate(made, state, dataset, 'test')
+  found.write(7, writer)
+  return found.values, writer, made, state
 
 
 @pytest.fixture(scope='module')
@@ -130,7 +132,7 @@ def test_unreadable_images_are_not_counted_and_not_shown(by_hand, monkeypatch):
   )
   grids = []
   monkeypatch.setattr(evaluate, 'prediction_grid', lambda *args: grids.append(args) or np.zeros(1))
-  values = evaluate.evaluate(made, state, dataset, 'test', 7, Notes())
+  values = evaluate.evaluate(made, state, dataset, 'test').values
   kept = np.setdiff1d(np.arange(797), gone)
   assert values['test_accuracy'] == (labels == predictions)[kept].mean()
   assert values['test_loss'] == pytest.approx(losses[kept].mean(), rel=1e-4)
@@ -176,7 +178,7 @@ def test_logits_of_several_views_are_averaged(views, monkeypatch):
   state = state.replace(trainable=trainable)
   grids = []
   monkeypatch.setattr(evaluate, 'prediction_grid', lambda *args: grids.append(args) or np.zeros(1))
-  values = evaluate.evaluate(made, state, dataset, 'test', 7, Notes())
+  values = evaluate.evaluate(made, state, dataset, 'test').values
 
   # Five clips in batches of four: every clip by itself, every view by itself.
   reader = ClipReader(Noise(), view, sampling, Augment(), split='test')
@@ -198,7 +200,7 @@ def test_logits_of_several_views_are_averaged(views, monkeypatch):
   np.testing.assert_array_equal(inputs, strips[:4])
   # Validation shows one view only.
   if clips > 1:
-    one = evaluate.evaluate(made, state, dataset, 'valid', 7, Notes())
+    one = evaluate.evaluate(made, state, dataset, 'valid').values
     assert one['valid_loss'] != pytest.approx(values['test_loss'], rel=1e-4)
 
 

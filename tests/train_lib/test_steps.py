@@ -39,11 +39,10 @@ def test_what_is_not_mixed_stays_as_it_is():
   assert steps.with_mixed_labels(batch, 4) is batch
 
 
-@pytest.fixture(scope='module')
-def step():
+def made_step(method: str, **options):
   """(compiled step, its first state, frozen parameters, logits of a batch at that state)."""
   config = run_config.default_config()
-  config.backbone, config.random_backbone, config.method = 'test/8', True, 'linear'
+  config.backbone, config.random_backbone, config.method = 'test/8', True, method
   config.lr_configs.base_learning_rate, config.num_training_steps = 0.1, 1
   config.label_smoothing = 0.1
   model = ClassificationModel(run_config.resolve(config), {'num_classes': CLASSES})
@@ -59,10 +58,16 @@ def step():
     loss_fn=model.loss_function,
     metrics_fn=model.get_metrics_fn_jit('train'),
     tx=tx,
+    **options,
   )
   variables = {'params': combine(trainable, frozen)}
   logits = functools.partial(model.flax_model.apply, variables, train=False)
   return jax.jit(compiled), TrainState.create(trainable, tx, jax.random.key(1)), frozen, logits
+
+
+@pytest.fixture(scope='module')
+def step():
+  return made_step('linear')
 
 
 @pytest.fixture(scope='module')
@@ -112,3 +117,39 @@ def test_whole_shares_are_the_labels_themselves(step, mixed):
   assert losses[0] == pytest.approx(losses[1], rel=1e-6)
   assert losses[0] == pytest.approx(losses[2], rel=1e-6)
   assert abs(losses[0] - losses[3]) > 0.01
+
+
+@pytest.mark.parametrize('method', ['losa', 'bitfit'])
+@pytest.mark.parametrize('parts', [2, 4])
+def test_a_batch_in_parts_is_the_same_step(method, parts, mixed):
+  # Masked examples make some parts lighter than others, and one empty.
+  batch = mixed | {'batch_mask': np.array([1, 1, 0, 1, 0, 1, 0, 1], np.float32)}
+  whole, state, frozen, _ = made_step(method)
+  in_parts, *_ = made_step(method, accumulate=parts)
+  want, want_metrics = whole(state, frozen, batch)
+  have, metrics = in_parts(state, frozen, batch)
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(have), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+  assert want_metrics.keys() == metrics.keys()
+  for name, (value, weight) in want_metrics.items():
+    np.testing.assert_allclose(metrics[name][0], value, rtol=1e-5, err_msg=name)
+    assert metrics[name][1] == weight, name
+
+
+def test_a_step_that_is_not_finite_moves_only_the_step(mixed):
+  step, state, frozen, _ = made_step('linear', max_bad_steps=2)
+  bad = mixed | {'inputs': np.full(mixed['inputs'].shape, np.nan, np.float32)}
+  after, metrics = step(state, frozen, bad)
+  assert (after.global_step, after.bad_steps) == (1, 1)
+  assert metrics['bad_steps'][0] == 1 and np.isnan(metrics['loss'][0])
+  for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(after.trainable), strict=True):
+    np.testing.assert_array_equal(a, b)
+  good, metrics = step(after, frozen, mixed)
+  assert (good.global_step, good.bad_steps, metrics['bad_steps'][0]) == (2, 0, 0)
+  # After as many as are allowed nothing moves any more, good or bad.
+  halted, _ = step(after, frozen, bad)
+  assert (halted.global_step, halted.bad_steps) == (2, 2)
+  still, metrics = step(halted, frozen, mixed)
+  assert (still.global_step, still.bad_steps, metrics['bad_steps'][0]) == (2, 2, 2)
+  for a, b in zip(jax.tree.leaves(state.trainable), jax.tree.leaves(still.trainable), strict=True):
+    np.testing.assert_array_equal(a, b)

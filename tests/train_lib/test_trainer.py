@@ -11,7 +11,7 @@ import pytest
 from losa_scenic import app
 from losa_scenic.common_lib import errors
 from losa_scenic.main import main
-from losa_scenic.train_lib import checkpoints, trainer
+from losa_scenic.train_lib import checkpoints, loop, progress
 from losa_scenic.weights_lib import backbones, checkpoint
 
 GOLDEN = pathlib.Path(__file__).parents[1] / 'golden' / 'backbones'
@@ -43,17 +43,22 @@ class CluWriter:
     self.calls.append('close')
 
 
+EACH_SECOND = tuple(
+  f'--config.{name}_steps=2' for name in ('checkpoint', 'log_eval', 'log_summary')
+)
+
+
 @pytest.fixture
 def trained(tiny, tmp_path, monkeypatch) -> tuple[CluWriter, object]:
   writer = CluWriter()
   save = checkpoints.Checkpoints.save
 
-  def noted(self, state):
+  def noted(self, state, notes):
     writer.calls.append('save')
-    save(self, state)
+    save(self, state, notes)
 
   monkeypatch.setattr(checkpoints.Checkpoints, 'save', noted)
-  config, _ = app.parse(['main', *tiny, '--config.checkpoint_steps=2', '--config.log_eval_steps=2'])
+  config, _ = app.parse(['main', *tiny, *EACH_SECOND])
   main(rng=jax.random.key(0), config=config, workdir=tmp_path, writer=writer)
   return writer, tmp_path
 
@@ -67,9 +72,12 @@ def test_a_clu_writer_is_enough_and_is_flushed_before_each_checkpoint(trained):
   assert writer.calls[-1] == 'close'
   steps = [(step, next(iter(row)).split('_')[0]) for step, row in writer.rows]
   assert steps == [(2, 'train'), (2, 'valid'), (4, 'train'), (4, 'valid'), (4, 'test')]
-  logged = {'learning_rate', 'epoch', 'img/sec', 'input_wait'} | {
-    f'train_{name}' for name in ('loss', 'accuracy', 'l2_grads', 'l2_params', 'l2_updates')
-  }
+  timing = set(progress.MEASUREMENTS) - {'mfu', 'tflops_per_device', 'device_memory_gb'}
+  logged = (
+    {'learning_rate', 'epoch'}
+    | timing
+    | {f'train_{name}' for name in ('loss', 'accuracy', 'l2_grads', 'l2_params', 'l2_updates')}
+  )
   assert writer.rows[0][1].keys() == logged
   assert np.isfinite(list(writer.rows[2][1].values())).all()
   summary = json.loads((workdir / 'summary.json').read_text())
@@ -142,14 +150,14 @@ def test_a_summary_is_written_before_an_export_that_fails(cli, tmp_path, monkeyp
 
 def test_weights_are_not_held_during_training(tiny, bare, tmp_path, monkeypatch):
   held = []
-  original = trainer._run
+  original = loop.Loop.run
 
-  def noted(program, *rest):
-    weights = program.model.backbone.weights
+  def noted(self):
+    weights = self._program.model.backbone.weights
     held.append(isinstance(weights, checkpoint.Checkpoint))
-    return original(program, *rest)
+    return original(self)
 
-  monkeypatch.setattr(trainer, '_run', noted)
+  monkeypatch.setattr(loop.Loop, 'run', noted)
   overrides = ('activation=quick_gelu', 'heads=2')
   overrides = [f'--config.backbone_configs.{text}' for text in overrides]
   overrides += [f'--config.backbone={bare}', '--config.method=linear']

@@ -60,7 +60,7 @@ def test_the_quickstart_trains(tmp_path, capfd):
   printed = capfd.readouterr().err
   assert 'data: 2 classes (right, left); 9 training, 3 validation, 5 test' in printed
   assert 'data: clips of 8 frames, one by one; shorter ones begin again; 3 views' in printed
-  assert ' clips/s, waits ' in printed
+  assert ' clips/s (' in printed and ' a device)  data ' in printed
   assert summary['dataset'] == 'moving_sprites' and summary['num_steps'] == 3
   assert summary['num_train_examples'] == 9 and summary['bad_images'] == 0
   clips = summary['preprocessing']['clips']
