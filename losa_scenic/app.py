@@ -14,6 +14,7 @@ import pathlib
 import re
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,7 +30,7 @@ from losa_scenic.train_lib import run_config, stopping, writers
 from losa_scenic.train_lib import workdir as workdir_lib
 
 _PROFILE_STEPS = 10
-_LEAVE_SECONDS = 5.0
+_LEAVE_SECONDS, _LAST_SECONDS = 5.0, 1.0
 # A disk that is full, over quota, read-only, or broken.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE)
 _HELP = """\
@@ -47,8 +48,17 @@ Several processes of one run (found out under SLURM, Open MPI and Kubernetes):
 """
 
 
-def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
-  """Parses the command line, calls `main`, and exits: 0 only if it returned."""
+def run(
+  main: Callable[..., None], argv: Sequence[str] | None = None, *, ends_process: bool = True
+) -> None:
+  """Parses the command line, calls `main`, and exits: 0 only if it returned.
+
+  Args:
+    main: takes rng, config, workdir and writer.
+    argv: the program and its arguments; by default those of the process.
+    ends_process: after a failure the process ends in any case, at once if it is one of several,
+      and otherwise in a few seconds even if a thread is stuck in a read.
+  """
   status, said = 1, ''
   try:
     values, path = _flags(sys.argv if argv is None else argv)
@@ -61,28 +71,34 @@ def run(main: Callable[..., None], argv: Sequence[str] | None = None) -> None:
   except errors.UserError as e:
     status, said = e.exit_code, f'error: {e}'
   except stopping.Stopped as e:
-    status, said = e.exit_code, f'{e}; the same command continues'
-    _leave_soon(status)
+    status, said = e.exit_code, str(e)
   except KeyboardInterrupt:
-    status, said = 130, 'interrupted; the same command continues from the last checkpoint'
+    status, said = 130, 'interrupted; the same command continues from the last checkpoint, if any'
   except OSError as e:
     if e.errno not in _DISK:
-      raise
+      if not jax.distributed.is_initialized():
+        raise
+      traceback.print_exc()
     where = f' ({e.filename})' if e.filename else ''
     said = (
       f'error: {e.strerror}{where}. When that is mended, the same command continues from the last '
       'checkpoint.'
     )
   except Exception as e:
-    if jax.process_count() == 1:
+    if not jax.distributed.is_initialized():
       raise
     traceback.print_exc()
     said = f'error: {type(e).__name__} in process {jax.process_index()} of {jax.process_count()}'
   print(said, file=sys.stderr, flush=True)
-  if jax.process_count() > 1:
-    # Leaving in the usual way waits for the other processes, which may wait for this one.
+  if jax.distributed.is_initialized() and ends_process:
+    # Leaving in the usual way waits for the other processes, which may wait for this one. Process 0
+    # goes last: JAX aborts those that lose it.
+    if jax.process_index() == 0:
+      time.sleep(_LAST_SECONDS)
     sys.stdout.flush()
     os._exit(status)
+  if ends_process:
+    _leave_soon(status)
   sys.exit(status)
 
 

@@ -76,7 +76,9 @@ def test_search_ends_with_options_that_train(config, tmp_path, capsys):
   assert len(scores) == 6 and found['valid_accuracy'] == max(scores)
   supernet = json.loads((tmp_path / 'w' / 'summary.json').read_text())
   assert supernet['test_accuracy'] is None, 'the test split stays unseen'
-  app.run(main.main, ['x', config, f'--workdir={tmp_path / "v"}', *found['options']])
+  app.run(
+    main.main, ['x', config, f'--workdir={tmp_path / "v"}', *found['options']], ends_process=False
+  )
   summary = json.loads((tmp_path / 'v' / 'summary.json').read_text())
   assert str(found['trainable_params']) in json.dumps(summary)
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import socket
+import time
 from collections.abc import Mapping
 
 import jax
@@ -38,7 +40,8 @@ def join(
     environment: the process's.
 
   Raises:
-    errors.UserError: if something is missing or wrong, or the others do not come.
+    errors.UserError: if something is missing or wrong, or process 0 is not found. Where others do
+      not come, JAX aborts the process.
   """
   found = launcher(environment)
   given = (address, processes, number)
@@ -57,6 +60,8 @@ def join(
     raise errors.UserError(f'--process_id {number} must be in 0 ... {processes - 1}.')
   if address is not None and not address.rpartition(':')[2].isdigit():
     raise errors.UserError(f"--coordinator_address must be HOST:PORT, not '{address}'.")
+  if address is not None and number != 0:
+    _wait_for(address)
   # Its handler would take SIGTERM away from ours.
   jax.config.update('jax_enable_preemption_service', False)
   try:
@@ -74,6 +79,23 @@ def join(
       + (f' at {address}' if address else '')
       + f': {line}'
     ) from e
+
+
+def _wait_for(address: str) -> None:
+  """Waits until somebody listens there: JAX would abort the process without a word for people."""
+  host, _, port = address.rpartition(':')
+  end, problem = time.monotonic() + _START_SECONDS, 'nobody answers'
+  while time.monotonic() < end:
+    try:
+      socket.create_connection((host.strip('[]'), int(port)), timeout=5).close()
+      return
+    except OSError as e:
+      problem = e.strerror or str(e)
+      time.sleep(0.2)
+  raise errors.UserError(
+    f'Process 0 was not found at {address} in {_START_SECONDS} s: {problem}. Start all processes '
+    'at about the same time, and see that this port of its host can be reached.'
+  )
 
 
 def launcher(environment: Mapping[str, str]) -> str | None:

@@ -40,6 +40,12 @@ class Background:
       self._told = True
       raise self._failure
 
+  def wait(self) -> None:
+    """Waits for all jobs. Raises as `check` does."""
+    concurrent.futures.wait(self._jobs)
+    self._jobs.clear()
+    self.check()
+
   def close(self) -> None:
     """Waits for all jobs and ends the thread; raises a failure that nobody was told of yet."""
     self._pool.shutdown(wait=True)

@@ -2,12 +2,18 @@
 
 import json
 import math
+import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from losa_scenic.common_lib import hosts
-from losa_scenic.train_lib.stopping import Diverged
+from losa_scenic.common_lib import errors, hosts
+
+
+class Diverged(errors.UserError):
+  """Training ended because its numbers were not finite."""
+
+  exit_code = 3
 
 
 class BadSteps:
@@ -70,15 +76,16 @@ class BadSteps:
     if hosts.is_first():
       with self._path.open('a') as file:
         file.write(json.dumps(row) + '\n')
+        file.flush()
+        os.fsync(file.fileno())  # Before a checkpoint that it belongs to.
     what = ', '.join(f'{name} {value:g}' for name, value in numbers.items())
     return f'step {step} is dropped: {what}; its images are in {self._path.name}'
 
-  def end(self, step: int, kept: int | None) -> Diverged:
-    """The error that ends the run after step `step`; `kept` is the last good step, if saved."""
-    where = '' if kept is None else f' The state of step {kept} is saved.'
+  def end(self, step: int, kept: str) -> Diverged:
+    """The error that ends the run after step `step`; `kept` says what became of the state."""
     few = f'{self._limit} steps in a row were' if self._limit > 1 else 'The step was'
     return Diverged(
-      f'{few} not finite, the last one step {step}: training has diverged.{where} What they saw is '
+      f'{few} not finite, the last one step {step}: training has diverged. {kept} What they saw is '
       f'in {self._path}. The same command tries them again, and --config.max_bad_steps='
       f'{2 * self._limit} drops more of them. Else lower the learning rate or clip gradients '
       '(max_grad_norm), and use '

@@ -124,6 +124,14 @@ class Checkpoints:
     """Raises the `UserError` of a save that failed in the background; costs nothing."""
     self._writer.check()
 
+  def wait(self) -> None:
+    """Waits for saves under way, on all processes.
+
+    Raises:
+      errors.UserError: on every process, if one failed.
+    """
+    hosts.on_first(self._writer.wait)
+
   def close(self) -> None:
     """Waits for saves under way. Raises as `check` does what has not been raised before."""
     self._writer.close()

@@ -11,7 +11,7 @@ import numpy as np
 from losa_scenic.common_lib import hosts
 from losa_scenic.common_lib.types import Batch
 from losa_scenic.dataset_lib import contact_sheet, dataset_utils
-from losa_scenic.train_lib import metrics, sharding, steps, stopping
+from losa_scenic.train_lib import metrics, sharding, stopping
 from losa_scenic.train_lib.program import Program
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.writers import Writer
@@ -25,7 +25,8 @@ class Watch(NamedTuple):
   """Who follows an evaluation.
 
   Attributes:
-    each: called with the number of each batch and of all; what it raises ends the evaluation.
+    each: called with the number of batches that are done, from 0, and of all; what it raises ends
+      the evaluation.
     requests: of the processes of a run, exchanged with the batches.
   """
 
@@ -80,12 +81,19 @@ def evaluate(
     nonlocal total
     while len(flying) > many:
       part = jax.device_get(flying.popleft())
-      asked = part.pop(steps.ASKED, None)
+      asked = part.pop(stopping.ASKED, None)
       if asked is not None and watch is not None:
         watch.requests.hear(asked[0])
       total = metrics.accumulate([part], total)
 
-  for number, batch in enumerate(dataset_utils.iterate(batches, 0, len(batches)), start=1):
+  iterator = dataset_utils.iterate(batches, 0, len(batches))
+  for done in range(len(batches)):
+    if watch is None:
+      batch = next(iterator)
+    else:
+      watch.each(done, len(batches))
+      with watch.requests.interruptible():
+        batch = next(iterator)
     marked = batch if watch is None else watch.requests.mark(batch)
     part, predictions = program.eval_step(state, program.frozen, sharding.put(marked, program.mesh))
     flying.append(part)
@@ -93,9 +101,9 @@ def evaluate(
       # Predictions are those of all processes, those for the batch of the first one come first.
       shown = (batch, np.asarray(jax.device_get(predictions)))
     land(_IN_FLIGHT)
-    if watch is not None:
-      watch.each(number, len(batches))
   land(0)
+  if watch is not None:
+    watch.each(len(batches), len(batches))
   values = metrics.normalize(total)
   if 'per_class_accuracy' in values:
     values['overall_accuracy'] = values['accuracy']

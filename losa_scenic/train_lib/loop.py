@@ -12,10 +12,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from losa_scenic.common_lib import hosts
+from losa_scenic.common_lib import errors, hosts
 from losa_scenic.common_lib.types import Batch, Config
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.train_lib import device_speed, evaluate, sharding, stopping
@@ -94,13 +93,15 @@ class Loop:
     self._tally = Tally(notes.get('tally'))
     self._evaluated = notes.get('evaluated', True)
     self._flying: collections.deque[_Step] = collections.deque()
+    # The tally before the bad steps that came last in a row.
+    self._before_bad = self._tally.saved()
 
   def run(self) -> None:
     """Trains to the end.
 
     Raises:
       stopping.Stopped: after a request to stop, when everything is saved.
-      stopping.Diverged: after too many steps that were not finite.
+      bad_steps.Diverged: after too many steps that were not finite.
       errors.UserError: for a checkpoint that cannot be written, or too many unreadable images.
     """
     around = self._around
@@ -118,6 +119,8 @@ class Loop:
       self._after(step)
       around.bar.run()
       around.bar.show(step)
+    around.watchdog.doing('writing the last checkpoint')
+    around.saver.wait()
 
   def _next(self, batches: Iterator[Batch], step: int) -> Batch:
     self._around.watchdog.doing(f'waiting for the batch of step {step}')
@@ -151,7 +154,7 @@ class Loop:
       one = self._flying.popleft()
       with self._around.bar.device():
         values = jax.device_get(one.metrics)
-      self._around.requests.hear(values.pop('asked', (stopping.NOTHING,))[0])
+      self._around.requests.hear(values.pop(stopping.ASKED, (stopping.NOTHING,))[0])
       in_a_row = int(values.pop('bad_steps')[0])
       if in_a_row:
         self._drop(one, values, in_a_row)
@@ -161,23 +164,34 @@ class Loop:
   def _drop(self, one: _Step, values: Mapping[str, Any], in_a_row: int) -> None:
     """Notes a step whose numbers were not finite; ends the run after too many of them."""
     around, limit = self._around, self._config.max_bad_steps
+    if in_a_row == 1:
+      self._before_bad = self._tally.saved()
     names = self._dataset.train_ds.names(one.positions)
     around.bar.say(around.bad_steps.add(one.number, values, one.positions.tolist(), names))
     if in_a_row < limit:
       return
     # Nothing moved since the limit was reached: the state is that before these bad steps.
-    good = one.number - in_a_row
-    newest = around.saver.latest_step()
-    kept = None
-    if self._config.checkpoint and (newest or 0) < good:
-      step, none = (jnp.asarray(n, jnp.int32) for n in (good, 0))
-      step, none = sharding.replicate((step, none), self._program.mesh)
-      self.state = self.state.replace(global_step=step, bad_steps=none)
-      self._save(good)
-    if self._config.checkpoint:
-      kept = max(newest or 0, good) or None
-      around.saver.close()
-    raise around.bad_steps.end(one.number, kept)
+    raise around.bad_steps.end(one.number, self._keep(one.number - in_a_row))
+
+  def _keep(self, good: int) -> str:
+    """Saves the state as that of step `good`, unless it is there; says what is kept."""
+    saver = self._around.saver
+    if not self._config.checkpoint:
+      return 'Nothing is saved.'
+    try:
+      saver.wait()  # What is on its way counts too.
+      newest = saver.latest_step() or 0
+      if newest < good:
+        step, none = (np.asarray(n, np.int32) for n in (good, 0))
+        step, none = sharding.replicate((step, none), self._program.mesh)
+        self.state = self.state.replace(global_step=step, bad_steps=none)
+        self._tally = Tally(self._before_bad)
+        self._save(good)
+        saver.wait()
+    except errors.UserError as e:
+      return f'{e}'
+    kept = max(newest, good)
+    return f'The state of step {kept} is saved.' if kept else 'No step was good.'
 
   def _after(self, step: int) -> None:
     """What falls due after a step."""
@@ -208,7 +222,8 @@ class Loop:
     if 'train_loss' in self.train_summary:
       around.bar.loss(self.train_summary['train_loss'])
     extra = {
-      'learning_rate': float(self._program.learning_rate(step - 1)),
+      # Of the optimizer: dropped steps are none of its updates.
+      'learning_rate': float(self._program.learning_rate(step - 1 - around.bad_steps.count)),
       'epoch': step * self._program.epochs_per_step,
       **around.bar.interval(),
     }
@@ -224,9 +239,9 @@ class Loop:
     """What an evaluation reports its batches to; raises `Interrupted` on a request to stop."""
     around = self._around
 
-    def watch(number: int, total: int) -> None:
-      around.watchdog.doing(f'evaluating {split}, batch {number + 1} of {total}')
-      around.bar.evaluating(split, number, total)
+    def watch(done: int, total: int) -> None:
+      around.watchdog.doing(f'evaluating {split}, batch {min(done + 1, total)} of {total}')
+      around.bar.evaluating(split, done, total)
       if around.requests.agreed == stopping.STOP:
         raise stopping.Interrupted
 
@@ -267,5 +282,5 @@ class Loop:
     self._land(0)
     if self._config.checkpoint:
       self._save(step, evaluated)
-      around.saver.close()
+      around.saver.wait()
     raise stopping.Stopped(around.requests.signal_number, step, self._config.checkpoint)

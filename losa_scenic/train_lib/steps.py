@@ -11,11 +11,10 @@ from losa_scenic.adapt_lib.method import combine
 from losa_scenic.common_lib.types import Array, Batch, Metrics, Params
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.train_lib.state import TrainState
+from losa_scenic.train_lib.stopping import ASKED
 
 LossFn = Callable[[Array, Batch], Array]
 MetricsFn = Callable[[Array, Batch], Metrics]
-# In a batch: what this process asks of all, int32 [b]; see `control`. No part of the model's input.
-ASKED = 'asked'
 
 
 def train_step(

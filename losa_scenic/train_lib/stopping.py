@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from losa_scenic.common_lib import errors
-
-# What a process asks of all, in rising order: the highest wins.
+# In a batch: what a process asks of all, int32 [b]. No part of the model's input.
+ASKED = 'asked'
+# In rising order: the highest wins.
 NOTHING, SAVE, STOP = 0, 1, 2
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -27,7 +27,7 @@ class Stopped(Exception):
 
   def __init__(self, number: int, step: int, saved: bool):
     """`number` of the signal; `step` is the last one done, and `saved` whether it is kept."""
-    kept = f'step {step} is saved' if saved else 'no checkpoint was asked for'
+    kept = f'step {step} is saved; the same command continues' if saved else 'nothing is saved'
     super().__init__(f'stopped by {signal.Signals(number).name}: {kept}')
     self.exit_code = 128 + number
     self.signal_name = signal.Signals(number).name
@@ -106,7 +106,7 @@ class Requests:
     """The batch of this process, with what it asks for: `agreed` hears of it when it was used."""
     if self._alone:
       return batch
-    return {**batch, 'asked': np.full(len(batch['batch_mask']), self.mine(), np.int32)}
+    return {**batch, ASKED: np.full(len(batch['batch_mask']), self.mine(), np.int32)}
 
   def hear(self, asked: float) -> None:
     """Notes what a batch said, of all processes the highest."""
@@ -127,9 +127,3 @@ class Requests:
     self._saved = time.monotonic()
     if self._agreed == SAVE:
       self._agreed = NOTHING
-
-
-class Diverged(errors.UserError):
-  """Training ended because its numbers were not finite."""
-
-  exit_code = 3

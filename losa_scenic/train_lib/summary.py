@@ -122,7 +122,10 @@ def content(
 def of_training(workdir: pathlib.Path) -> dict[str, Any]:
   """What only the process that trained could know, from the summary it left (if it did)."""
   path = workdir / 'summary.json'
-  former = json.loads(path.read_text()) if path.exists() else {}
+  try:
+    former = json.loads(path.read_text())
+  except (FileNotFoundError, ValueError):
+    former = {}
   return {k: former[k] for k in _OF_TRAINING if k in former}
 
 

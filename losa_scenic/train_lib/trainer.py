@@ -1,7 +1,6 @@
 """A run from its config to its summary, behind Scenic's trainer contract; the loop is `loop`'s."""
 
 import contextlib
-import hashlib
 import json
 import math
 import pathlib
@@ -9,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 
 from losa_scenic.adapt_lib.method import split_head
 from losa_scenic.common_lib import errors, hosts, trees
@@ -23,6 +23,7 @@ from losa_scenic.train_lib import (
   progress,
   run_config,
   run_record,
+  sharding,
   stopping,
   summary,
   watchdog,
@@ -72,7 +73,7 @@ def train(
 
   Raises:
     errors.UserError: for bad input, a workdir in use or of another run, checkpoints that do not fit
-      or are all damaged, or, as `stopping.Diverged`, for too many steps that are not finite.
+      or are all damaged, or, as `bad_steps.Diverged`, for too many steps that are not finite.
     stopping.Stopped: after SIGTERM or Ctrl-C, when everything is saved.
   """
   workdir = pathlib.Path(workdir)
@@ -109,7 +110,13 @@ class _Run:
   ) -> tuple[TrainState, dict[str, float], dict[str, Any]]:
     config, workdir = self._config, self._workdir
     hosts.on_first(lambda: workdir_lib.check_same_run(workdir, self._plain, run_config.MAY_CHANGE))
-    hosts.check_equal({'config': _hash(self._plain), 'data': _hash(self._data)})
+    hosts.check_equal(
+      {
+        **{f'config.{key}': value for key, value in self._plain.items()},
+        **{f'data: {key}': value for key, value in self._data.items()},
+        **{f'version of {key}': value for key, value in run_record.versions().items()},
+      }
+    )
     program, state = build_program(
       rng=rng, config=config, model_cls=model_cls, dataset=self._dataset
     )
@@ -121,13 +128,19 @@ class _Run:
       if start is not None:
         state, notes = saver.restore(state)
         start = int(state.global_step)
+        # Bad steps are counted from here: whoever starts a run again wants them to be tried.
+        zero = sharding.replicate(np.zeros((), np.int32), program.mesh)
+        state = state.replace(bad_steps=zero)
       self._prepare(start, notes)
       record = run_record.RunRecord(workdir)
       hosts.on_first(lambda: record.start(self._plain, program.mesh.shape, start))
       how = 'finished'
       try:
-        loop = self._trained(program, state, start, notes, saver)
-        content = self._finish(program, loop, start, notes)
+        with contextlib.ExitStack() as stack:
+          loop = self._trained(program, state, start, notes, saver, stack)
+          content = self._finish(program, loop, start, notes)
+        if config.export_backbone:  # Last: should it fail, everything else is there.
+          summary.export_backbone(program, loop.state, config, self._name, loop.eval_summary)
       except stopping.Stopped as e:
         how = f'stopped by {e.signal_name}'
         raise
@@ -136,8 +149,6 @@ class _Run:
         raise
       finally:
         record.end(how, self._loop and self._loop.step)
-    if config.export_backbone:  # Last: should it fail, everything else is there.
-      summary.export_backbone(program, loop.state, config, self._name, loop.eval_summary)
     return loop.state, loop.train_summary, content
 
   @property
@@ -170,8 +181,9 @@ class _Run:
     start: int | None,
     notes: Mapping[str, Any],
     saver: checkpoints.Checkpoints,
+    stack: contextlib.ExitStack,
   ) -> Loop:
-    """Runs the loop to its end."""
+    """Runs the loop to its end; what must be closed after the run is added to `stack`."""
     config, dataset, first = self._config, self._dataset, start or 0
     bar = progress.Progress(
       first,
@@ -196,16 +208,18 @@ class _Run:
       config.hang_limit_seconds,
       self._reading,
     )
-    requests = stopping.Requests(60 * config.checkpoint_minutes or None)
+    minutes = config.checkpoint_minutes if config.checkpoint else 0
+    requests = stopping.Requests(60 * minutes or None)
     profiler = profile.Profiler(self._workdir, config.profile_steps, bar.say)
     self._bad_steps = BadSteps(self._workdir / 'bad_steps.jsonl', first, config.max_bad_steps)
     around = Surroundings(self._writer, saver, bar, watching, requests, profiler, self._bad_steps)
     self._loop = loop = Loop(program, state, config, dataset, around, notes)
-    try:
+    for one in (bar, watching):
+      stack.callback(one.close)
+    with contextlib.closing(requests), contextlib.closing(profiler):
       loop.run()
-    finally:
-      for one in (requests, watching, profiler, bar):
-        one.close()
+    bar.close()
+    watching.doing('finishing')
     return loop
 
   def _reading(self) -> list[str]:
@@ -223,6 +237,7 @@ class _Run:
     had_ended = start is not None and start >= program.total_steps
     if had_ended and notes.get('evaluated', True):
       loop.eval_summary = _evaluate_finished(program, loop.state, config, dataset)
+      dataset.train_ds.bad_files.share(hosts.gather)
     self._writer.flush()
     content = summary.content(
       program.model,
@@ -258,10 +273,6 @@ def _evaluate_finished(
     if getattr(dataset, f'{split}_ds') is not None:
       values |= evaluate.evaluate(program, state, dataset, split).values
   return values
-
-
-def _hash(value: Any) -> str:
-  return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _headline(

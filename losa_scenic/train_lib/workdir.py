@@ -56,6 +56,11 @@ def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
         f'The workdir {workdir} is in use by a live run ({owner}). Wait for it, or choose '
         'another --workdir.'
       ) from None
+    except OSError as e:
+      raise errors.UserError(
+        f'Cannot lock the workdir {workdir} ({e.strerror}): its file system knows no locks. Choose '
+        'a --workdir on another one.'
+      ) from None
   file.truncate(0)
   file.write(f'host {socket.gethostname()}, process {os.getpid()}')
   file.flush()
@@ -64,7 +69,10 @@ def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
 def write_json(path: pathlib.Path, value: Any) -> None:
   """Writes JSON atomically: readers see the old file or the new one."""
   temporary = path.with_name(f'.{path.name}.tmp')
-  temporary.write_text(json.dumps(value, indent=1, sort_keys=True) + '\n')
+  with temporary.open('w') as file:
+    file.write(json.dumps(value, indent=1, sort_keys=True) + '\n')
+    file.flush()
+    os.fsync(file.fileno())  # Else a power cut may leave an empty file under the new name.
   temporary.replace(path)
 
 
@@ -99,7 +107,9 @@ def check_same_run(
   try:
     former = json.loads(path.read_text())
   except (OSError, json.JSONDecodeError) as e:
-    raise errors.UserError(f'Cannot read {path}: {e}') from None
+    raise errors.UserError(
+      f'Cannot read {path}: {e}. Delete it if this command is that of the run.'
+    ) from None
   now = json.loads(json.dumps(dict(config)))
   lines = list(_differences(former, now, may_change))
   if lines:

@@ -102,7 +102,7 @@ class JsonLinesWriter:
     kept = b''.join(
       line + b'\n'
       for line in data.split(b'\n')
-      if (at := _step(line)) < step or (at == step and (evaluated or b'"train_loss"' in line))
+      if (at := _step(line)) < step or (at == step and (evaluated or b'"learning_rate"' in line))
     )
     if data.startswith(kept):
       with self._path.open('r+b') as file:

@@ -67,7 +67,7 @@ def cli() -> Callable[..., tuple[int, str]]:
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
       try:
-        app.run(main, ['main', *TINY, *overrides, f'--workdir={workdir}'])
+        app.run(main, ['main', *TINY, *overrides, f'--workdir={workdir}'], ends_process=False)
         status = 0
       except SystemExit as e:
         status = e.code
