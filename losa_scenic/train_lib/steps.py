@@ -73,8 +73,8 @@ def train_step(
   bad_steps = jnp.where(goes_on, jnp.where(finite, 0, state.bad_steps + 1), state.bad_steps)
   new = state.replace(trainable=trainable, opt_state=opt_state, model_state=model_state)
   new = jax.tree.map(lambda a, b: jnp.where(finite & goes_on, a, b), new, state)
-  new = new.replace(global_step=state.global_step + goes_on, bad_steps=bad_steps)
-  alone = {'loss': loss, **norms, 'bad_steps': bad_steps, **asked}
+  new = new.replace(global_step=state.global_step + goes_on.astype(jnp.int32), bad_steps=bad_steps)
+  alone = {'loss': loss, **norms, 'bad_steps': bad_steps.astype(jnp.float32), **asked}
   one = jnp.ones((), jnp.float32)
   return new, {**metrics, **{name: (value, one) for name, value in alone.items()}}
 

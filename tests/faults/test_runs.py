@@ -15,6 +15,7 @@ from faults.campaign import Campaign
 from faults.processes import ROOT
 
 from losa_scenic.train_lib import checkpoint_files, loop
+from losa_scenic.train_lib import workdir as workdir_lib
 
 STEPS = 12
 
@@ -120,11 +121,7 @@ def test_a_second_run_is_refused_before_it_reads_any_data(campaign, tmp_path):
   assert '/no' not in second.stderr.split('error:')[1].replace(str(campaign.root), '')
   process.kill()
   process.wait()
-  process = campaign.start('live', '--config.num_training_steps=100000')
-  begun = len(campaign.seen('live'))
-  wait_for(lambda: len(campaign.seen('live')) > begun, process)  # The lock is free.
-  process.kill()
-  process.wait()
+  workdir_lib.check_free(campaign.root / 'live')
 
 
 def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing(campaign, tmp_path):
@@ -149,14 +146,19 @@ def test_a_full_disk_ends_a_run_with_one_line_and_loses_nothing(campaign, tmp_pa
     {run} --workdir={disk}/run > {tmp_path}/second 2>&1
     echo $? >> {tmp_path}/status
     cp -r {disk}/run {campaign.root}/full
+    mount -o remount,ro {disk}
+    {run} --workdir={disk}/run > {tmp_path}/third 2>&1
+    echo $? >> {tmp_path}/status
   """
   subprocess.run([*apart, 'sh', '-c', script], env=campaign.environment, cwd=ROOT, check=True)
   first = (tmp_path / 'first').read_text()
-  assert (tmp_path / 'status').read_text().split() == ['1', '0'], first
+  assert (tmp_path / 'status').read_text().split() == ['1', '0', '1'], first
   assert 'Traceback' not in first
   assert first.strip().splitlines()[-1].startswith('error: ')
   assert 'No space left on device' in first
   assert campaign.rows('full') == campaign.rows('whole')
+  third = (tmp_path / 'third').read_text()
+  assert third == f'error: Cannot write to the workdir {disk}/run: Read-only file system.\n'
 
 
 class Poisoned:

@@ -4,9 +4,11 @@ import datetime
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import socket
 import subprocess
+import sys
 import time
 
 import jax
@@ -34,7 +36,7 @@ def test_every_start_adds_an_entry(tmp_path):
   assert entry['started'].endswith('+00:00')
   assert entry['from_step'] is entry['ended'] is entry['how'] is entry['step'] is None
   assert (entry['host'], entry['process_id']) == (socket.gethostname(), os.getpid())
-  assert 'pytest' in entry['command']
+  assert shlex.split(entry['command'])[0] == sys.orig_argv[0]
   assert (entry['processes'], entry['devices']) == (1, jax.device_count())
   assert (entry['device_kind'], entry['mesh']) == (jax.devices()[0].device_kind, MESH)
   assert entry['versions']['losa_scenic'] == losa_scenic.__version__
