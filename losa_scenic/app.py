@@ -49,7 +49,7 @@ Several processes of one run (found out under SLURM, Open MPI and Kubernetes):
 
 
 def run(
-  main: Callable[..., None], argv: Sequence[str] | None = None, *, ends_process: bool = True
+  main: Callable[..., None], argv: Sequence[str] | None = None, *, ends_process: bool | None = None
 ) -> None:
   """Parses the command line, calls `main`, and exits: 0 only if it returned.
 
@@ -57,9 +57,11 @@ def run(
     main: takes rng, config, workdir and writer.
     argv: the program and its arguments; by default those of the process.
     ends_process: after a failure the process ends in any case, at once if it is one of several,
-      and otherwise in a few seconds even if a thread is stuck in a read.
+      and otherwise in a few seconds even if a thread is stuck in a read. By default only without
+      `argv`: whoever gives that may go on.
   """
   status, said = 1, ''
+  ends_process = argv is None if ends_process is None else ends_process
   try:
     values, path = _flags(sys.argv if argv is None else argv)
     cluster.join(values.coordinator_address, values.num_processes, values.process_id)

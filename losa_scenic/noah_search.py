@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
   except errors.UserError as e:
     print(f'error: {e}', file=sys.stderr)
     sys.exit(1)
-  app.run(functools.partial(_main, settings=settings), rest)
+  app.run(functools.partial(_main, settings=settings), rest, ends_process=argv is None)
 
 
 if __name__ == '__main__':

@@ -17,7 +17,7 @@ def start(argv: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str
   """Runs a `main` that only notes that it was called: (exit status, stderr, its calls)."""
   calls = []
   try:
-    app.run(lambda **kwargs: calls.append(kwargs), ['main', *argv], ends_process=False)
+    app.run(lambda **kwargs: calls.append(kwargs), ['main', *argv])
     status = 0
   except SystemExit as e:
     status = e.code
@@ -241,7 +241,7 @@ def test_interruption_by_hand(capsys, tmp_path):
     raise KeyboardInterrupt
 
   with pytest.raises(SystemExit) as stop:
-    app.run(main, ['main', QUICKSTART, f'--workdir={tmp_path}'], ends_process=False)
+    app.run(main, ['main', QUICKSTART, f'--workdir={tmp_path}'])
   assert stop.value.code == 130
   assert 'continues from the last checkpoint' in capsys.readouterr().err
 

@@ -1,4 +1,4 @@
-"""Requests to stop (SIGTERM, Ctrl-C) and to save, and how the processes of a run agree on them."""
+"""Requests to stop (signals) and to save, and how the processes of a run agree on them."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ import numpy as np
 ASKED = 'asked'
 # In rising order: the highest wins.
 NOTHING, SAVE, STOP = 0, 1, 2
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stopped(Exception):
@@ -40,9 +40,10 @@ class Interrupted(Exception):
 class Requests:
   """Requests of this process to all; several processes act on them at the same step.
 
-  From `listen` to `close`, the first SIGTERM or SIGINT asks to stop; further SIGTERMs change
-  nothing (schedulers send several), a second SIGINT interrupts at once. Signals that arrive before
-  `listen` end the process as usual: then there is nothing to save.
+  From `listen` to `close`, the first SIGTERM, SIGHUP (a terminal that is gone) or SIGINT asks to
+  stop; further ones change nothing (schedulers send several), but a second SIGINT interrupts at
+  once. What was ignored, as `nohup` asks for, stays so. Signals that arrive before `listen` end the
+  process as usual: then there is nothing to save.
   """
 
   def __init__(self, save_seconds: float | None = None):
@@ -60,6 +61,8 @@ class Requests:
     # Only the main thread may do this; a run in another one is stopped by its owner.
     if threading.current_thread() is threading.main_thread():
       for number in _SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+          continue
         self._before[number] = signal.signal(number, self._note)
 
   def close(self) -> None:

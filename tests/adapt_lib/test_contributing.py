@@ -61,7 +61,7 @@ def test_it_trains_from_the_command_line(ia3, tmp_path, capsys):
   argv += ['--config.method=ia3', '--config.method_configs.ia3.mlp=false']
   argv += ['--config.lr_configs.base_learning_rate=1e-2', '--config.backbone=test/8']
   argv += ['--config.random_backbone=true', '--config.num_training_steps=12']
-  app.run(main, argv, ends_process=False)
+  app.run(main, argv)
   assert 'ia3 on digits' in capsys.readouterr().out
 
 

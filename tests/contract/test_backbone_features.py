@@ -96,7 +96,9 @@ def loss(trainable, frozen, model, images, state):
   return (logits * jnp.arange(CLASSES)).sum()
 
 
-@pytest.mark.parametrize('backbone', ['rms_gated_rope', 'relative_post_norm'])
+@pytest.mark.parametrize(
+  'backbone', ['rms_gated_rope', pytest.param('relative_post_norm', marks=pytest.mark.slow)]
+)
 @every_method
 def test_the_gradient_of_what_trains_is_defined(method, backbone):
   model = adapted(method, backbone)

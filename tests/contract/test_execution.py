@@ -63,7 +63,13 @@ POOL = {'st_adapter': 'gap'}
 
 
 @pytest.mark.parametrize(
-  ('method', 'pool'), [(m, POOL.get(m, 'cls')) for m in METHODS] + [('losa', 'map')]
+  ('method', 'pool'),
+  [
+    # HST is one layer after the other, and compiles for long.
+    pytest.param(m, POOL.get(m, 'cls'), marks=pytest.mark.slow if m == 'hst' else ())
+    for m in METHODS
+  ]
+  + [('losa', 'map')],
 )
 def test_scan_equals_unroll_equals_remat(method, pool, random_like, make_batch):
   stacked = adapted(method, pool, scan=True)
@@ -147,8 +153,9 @@ def test_train_step_in_bfloat16_keeps_trainable_parameters_in_float32(
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(metrics))
 
 
-@pytest.mark.parametrize('method', METHODS)
-@pytest.mark.parametrize('pool', ['gap', 'map'])
+@pytest.mark.parametrize(
+  ('method', 'pool'), [(m, 'gap') for m in METHODS] + [(m, 'map') for m in FEW]
+)
 def test_float32_step_never_promotes_a_dtype(method, pool, random_like, make_batch):
   model = adapted(method, pool)
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))

@@ -81,6 +81,7 @@ def every(untrained=()):
 
 
 every_case, every_trained_case = every(untrained=('clips',)), every()
+SAVED = ('full', 'hst', 'linear', 'losa', 'noah', 'repadapter', 'toast', 'vera', 'vpt_deep')
 one_case_per_method = pytest.mark.parametrize('method', NAMES)
 
 
@@ -174,7 +175,7 @@ def test_a_backbone_of_a_kind_that_the_method_is_not_for_is_refused(method, kind
       methods.build(method, spec, OPTIONS.get(method))
 
 
-@every_case
+@every_trained_case
 def test_features_equal_the_frozen_models_at_init(
   method, options, backbone, changes, start, make_batch
 ):
@@ -213,11 +214,18 @@ def test_frozen_paths_and_shapes_are_the_plain_backbones_minus_what_trains(
   assert trees.describe(of_plain_backbone({BACKBONE: {}} | trainable)) == ours
 
 
-@pytest.mark.parametrize(
-  'row',
-  GOLDEN,
-  ids=lambda r: '-'.join([r['backbone'], r['method'], *map(str, r['set'].values())]),
-)
+def golden_rows():
+  """Of a large backbone and a method the first row always, all with -m slow: each takes seconds."""
+  met = set()
+  for row in GOLDEN:
+    kind = (row['backbone'], row['method'])
+    marks = pytest.mark.slow if kind in met and kind[0].startswith(('g/', 'vivit-')) else ()
+    met.add(kind)
+    name = '-'.join([*kind, *map(str, row['set'].values())])
+    yield pytest.param(row, marks=marks, id=name)
+
+
+@pytest.mark.parametrize('row', golden_rows())
 def test_number_of_trainable_parameters(row):
   changes = row.get('backbone_options', {})
   model = adapted(row['method'], row['set'], row['backbone'], changes)
@@ -265,7 +273,11 @@ def test_frozen_leaves_do_not_move_and_have_no_optimizer_state(
   assert 1 <= others <= 2, 'step counters'
 
 
-@one_case_per_method
+@pytest.mark.parametrize(
+  'method',
+  # What is saved is two trees, whatever the method: a few always, those with states of their own.
+  [pytest.param(m, marks=() if m in SAVED else pytest.mark.slow) for m in NAMES],
+)
 def test_checkpoint_round_trip_holds_no_backbone(method, tmp_path, random_like, make_batch):
   model = adapted(method, changes={'mlp': 4096, **kinds.changes(method)})
   trainable, frozen = random_like(partition(model.param_shapes(), model.method))

@@ -38,4 +38,4 @@ def observe(path: str) -> None:
 
 if __name__ == '__main__':
   observe(sys.argv[1])
-  app.run(main, [sys.argv[0], *sys.argv[2:]])
+  app.run(main, [sys.argv[0], *sys.argv[2:]], ends_process=True)

@@ -164,7 +164,7 @@ def test_started_with_four_processes_and_ended_by_one_or_by_two(launch, tmp_path
 SEEDED = """
 import sys
 from losa_scenic import app, main
-app.run(main.main, [*sys.argv, f'--config.shuffle_seed={sys.argv[-1][-1]}'])
+app.run(main.main, [*sys.argv, f'--config.shuffle_seed={sys.argv[-1][-1]}'], ends_process=True)
 """
 
 

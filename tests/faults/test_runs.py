@@ -77,7 +77,7 @@ def test_sigterm_while_the_input_hangs(campaign, tmp_path):
     '  path.unlink(); os.mkfifo(path)\n'
     '  return train(**given)\n'
     'trainer.TRAINERS["classification"] = late\n'
-    'app.run(main.main, [sys.argv[0], *sys.argv[2:]])\n'
+    'app.run(main.main, [sys.argv[0], *sys.argv[2:]], ends_process=True)\n'
   )
   arguments = campaign.arguments('x')
   seen = campaign.seen('whole')

@@ -67,7 +67,7 @@ def cli() -> Callable[..., tuple[int, str]]:
     printed = io.StringIO()
     with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
       try:
-        app.run(main, ['main', *TINY, *overrides, f'--workdir={workdir}'], ends_process=False)
+        app.run(main, ['main', *TINY, *overrides, f'--workdir={workdir}'])
         status = 0
       except SystemExit as e:
         status = e.code
