@@ -63,10 +63,15 @@ def run(
   status, said = 1, ''
   ends_process = argv is None if ends_process is None else ends_process
   try:
-    values, path = _flags(sys.argv if argv is None else argv)
+    given = sys.argv if argv is None else argv
+    for arg in given:
+      if arg.startswith('--workdir='):  # The flags know it only after a second of imports.
+        workdir_lib.check_free(pathlib.Path(arg.partition('=')[2]))
+    values, path = _flags(given)
     cluster.join(values.coordinator_address, values.num_processes, values.process_id)
     config, workdir = _checked(values, path)
-    workdir_lib.check_free(workdir)
+    with workdir_lib.locked(workdir):
+      pass  # Before the data is opened, which may take minutes.
     writer = writers.create_default_writer(workdir) if hosts.is_first() else writers.MultiWriter()
     main(rng=jax.random.key(config.rng_seed), config=config, workdir=workdir, writer=writer)
     return

@@ -8,7 +8,7 @@ import pathlib
 import socket
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TextIO
 
 from losa_scenic.common_lib import errors, hosts
 
@@ -30,9 +30,16 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
 
 
 def check_free(workdir: pathlib.Path) -> None:
-  """Raises as `locked`, long before a run needs the lock: what comes first may take minutes."""
+  """Raises `UserError` if a live run holds the workdir, long before `locked` would.
+
+  What comes before it may take minutes. Any process may look; nothing is written.
+  """
   with contextlib.ExitStack() as held:
-    hosts.on_first(lambda: _lock(workdir, held))
+    try:
+      file = held.enter_context((workdir / '.lock').open())
+    except OSError:
+      return  # No run has been here, or `locked` will say what is wrong.
+    _flock(file, workdir)
 
 
 def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
@@ -42,10 +49,18 @@ def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
     file = held.enter_context((workdir / '.lock').open('a+'))
   except OSError as e:
     raise errors.UserError(f'Cannot write to the workdir {workdir}: {e.strerror}.') from None
+  _flock(file, workdir)
+  file.truncate(0)
+  file.write(f'host {socket.gethostname()}, process {os.getpid()}')
+  file.flush()
+
+
+def _flock(file: TextIO, workdir: pathlib.Path) -> None:
+  """Locks a file until it is closed, however the process ends."""
   for attempt in reversed(range(_ATTEMPTS)):
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      break
+      return
     except BlockingIOError:
       if attempt:
         time.sleep(0.05)  # Another command may only be looking.
@@ -61,9 +76,6 @@ def _lock(workdir: pathlib.Path, held: contextlib.ExitStack) -> None:
         f'Cannot lock the workdir {workdir} ({e.strerror}): its file system knows no locks. Choose '
         'a --workdir on another one.'
       ) from None
-  file.truncate(0)
-  file.write(f'host {socket.gethostname()}, process {os.getpid()}')
-  file.flush()
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
