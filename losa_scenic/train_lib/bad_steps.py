@@ -1,13 +1,12 @@
 """The steps of a run that were dropped because their numbers were not finite, with their images."""
 
-import json
 import math
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from losa_scenic.common_lib import errors, hosts
+from losa_scenic.train_lib.writers import JsonLinesWriter
 
 
 class Diverged(errors.UserError):
@@ -32,22 +31,12 @@ class BadSteps:
       limit: so many in a row end the run.
     """
     self._path, self._limit = path, limit
+    self._lines = JsonLinesWriter(path)
     self.count = hosts.on_first(lambda: self._rewind(start))
 
   def _rewind(self, start: int) -> int:
-    if not self._path.exists():
-      return 0
-    kept = []
-    for line in self._path.read_text().splitlines():
-      try:
-        if json.loads(line)['step'] <= start:
-          kept.append(f'{line}\n')
-      except (json.JSONDecodeError, KeyError):
-        break  # The last line of a killed run.
-    temporary = self._path.with_name(f'.{self._path.name}.tmp')
-    temporary.write_text(''.join(kept))
-    temporary.replace(self._path)
-    return len(kept)
+    self._lines.rewind(start)
+    return len(self._path.read_bytes().splitlines()) if self._path.exists() else 0
 
   def add(
     self, step: int, values: Mapping[str, Any], positions: Sequence[int], names: Sequence[str]
@@ -74,10 +63,9 @@ class BadSteps:
       'images': [name for _, part in everywhere for name in part],
     }
     if hosts.is_first():
-      with self._path.open('a') as file:
-        file.write(json.dumps(row) + '\n')
-        file.flush()
-        os.fsync(file.fileno())  # Before a checkpoint that it belongs to.
+      self._lines.write_row(row)
+      self._lines.flush()  # It is on disk before a checkpoint that it belongs to.
+      self._lines.close()
     what = ', '.join(f'{name} {value:g}' for name, value in numbers.items())
     return f'step {step} is dropped: {what}; its images are in {self._path.name}'
 
@@ -88,6 +76,5 @@ class BadSteps:
       f'{few} not finite, the last one step {step}: training has diverged. {kept} What they saw is '
       f'in {self._path}. The same command tries them again, and --config.max_bad_steps='
       f'{2 * self._limit} drops more of them. Else lower the learning rate or clip gradients '
-      '(max_grad_norm), and use '
-      'another --workdir.'
+      '(max_grad_norm), and use another --workdir.'
     )

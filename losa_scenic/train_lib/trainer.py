@@ -110,11 +110,13 @@ class _Run:
   ) -> tuple[TrainState, dict[str, float], dict[str, Any]]:
     config, workdir = self._config, self._workdir
     hosts.on_first(lambda: workdir_lib.check_same_run(workdir, self._plain, run_config.MAY_CHANGE))
+    versions = run_record.versions()
+    del versions['platform']  # Machines of a cluster may have other kernels.
     hosts.check_equal(
       {
         **{f'config.{key}': value for key, value in self._plain.items()},
         **{f'data: {key}': value for key, value in self._data.items()},
-        **{f'version of {key}': value for key, value in run_record.versions().items()},
+        **{f'version of {key}': value for key, value in versions.items()},
       }
     )
     program, state = build_program(

@@ -116,11 +116,14 @@ class JsonLinesWriter:
       os.fsync(file.fileno())
     temporary.replace(self._path)
 
-  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+  def write_row(self, row: Mapping[str, Any]) -> None:
+    """Appends an object that JSON can hold; it has a 'step'."""
     if self._file is None:
       self._file = _Records(self._path)
-    row = {'step': int(step)} | {k: float(v) for k, v in scalars.items()}
-    self._file.add(f'{json.dumps(row)}\n'.encode())
+    self._file.add(f'{json.dumps(dict(row))}\n'.encode())
+
+  def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+    self.write_row({'step': int(step)} | {k: float(v) for k, v in scalars.items()})
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Not kept as JSON."""
