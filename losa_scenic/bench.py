@@ -173,13 +173,13 @@ def _add_input(commands: Any) -> None:
     'installed, of the same boxes of the same files.',
   )
   command.add_argument('--root', metavar='FOLDER', help='JPEG files (default: sample photos)')
-  for name, default, text in (
+  _add_numbers(
+    command,
     ('rounds', 9, 'passes of each loader'),
     ('batch-size', 64, 'images of a batch'),
     ('image-size', 224, 'side of the result in pixels'),
     ('cores', 1, 'cores to use'),
-  ):
-    command.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
+  )
 
 
 def _add_clips(commands: Any) -> None:
@@ -190,11 +190,17 @@ def _add_clips(commands: Any) -> None:
     'is decoded for them.',
   )
   command.add_argument('--root', metavar='FOLDER', help='video files (default: sample videos)')
-  for name, default, text in (
+  _add_numbers(
+    command,
     ('frames', 32, 'frames of a clip'),
     ('stride', 2, 'distance between two of them, in frames of the file'),
     ('rounds', 9, 'passes of each reader'),
-  ):
+  )
+
+
+def _add_numbers(command: Any, *options: tuple[str, int, str]) -> None:
+  """Adds whole numbers to a command: name, default and meaning of each."""
+  for name, default, text in options:
     command.add_argument(f'--{name}', type=int, default=default, help=f'{text} ({default})')
 
 

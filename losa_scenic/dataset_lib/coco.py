@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from losa_scenic.common_lib import errors
-from losa_scenic.dataset_lib import folders, json_stream, sources, splitting
+from losa_scenic.dataset_lib import folders, json_stream, list_rows, sources, splitting
 
 CATEGORIES_FILE = 'categories.json'
 # A part's file: train.json, train2018.json.
@@ -116,11 +116,7 @@ def find(names: Sequence[str]) -> dict[str, list[str]]:
   Returns:
     'train', 'val', 'test' -> names, those only that have any.
   """
-  found: dict[str, list[str]] = {}
-  for name in names:
-    match = _NAME.fullmatch(name)
-    if match:
-      found.setdefault(match[1], []).append(name)
+  found = list_rows.by_part(names, _NAME)
   if _MINI in names:
     found.setdefault('train', [_MINI])
   return found

@@ -113,12 +113,7 @@ def find(names: Iterable[str]) -> dict[str, list[str]]:
   Returns:
     'train', 'val', 'test' -> names, those only that have any.
   """
-  found: dict[str, list[str]] = {}
-  for name in names:
-    match = _TABLE.fullmatch(name)
-    if match:
-      found.setdefault(list_rows.PARTS[match[1].lower()], []).append(name)
-  return found
+  return list_rows.by_part(names, _TABLE)
 
 
 def _tables(folder: pathlib.Path, given: dict[str, str | None]) -> dict[str, pathlib.Path]:

@@ -10,7 +10,7 @@ import os
 import pathlib
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple, TextIO
 
 from losa_scenic.common_lib import errors
@@ -41,6 +41,24 @@ PARTS['test'] = 'test'
 # What is written as a label: a whole number, any number.
 INTEGER = re.compile(r'[+-]?[0-9]{1,18}')
 NUMBER = re.compile(r'[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?')
+
+
+def by_part(names: Iterable[str], pattern: re.Pattern[str]) -> dict[str, list[str]]:
+  """The names that match, by part.
+
+  Args:
+    names: of files, in order.
+    pattern: of a whole name; its first group is the part, as `PARTS` knows it in small letters.
+
+  Returns:
+    'train', 'val', 'test' -> names, those only that have any.
+  """
+  found: dict[str, list[str]] = {}
+  for name in names:
+    match = pattern.fullmatch(name)
+    if match:
+      found.setdefault(PARTS[match[1].lower()], []).append(name)
+  return found
 
 
 class Rows(NamedTuple):
