@@ -24,7 +24,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from losa_scenic.common_lib import cluster, errors, hosts
+from losa_scenic.common_lib import allocator, cluster, errors, hosts
 from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import run_config, stopping, writers
 from losa_scenic.train_lib import workdir as workdir_lib
@@ -62,6 +62,8 @@ def run(
   """
   status, said = 1, ''
   ends_process = argv is None if ends_process is None else ends_process
+  if ends_process:
+    allocator.keep_memory()
   try:
     given = sys.argv if argv is None else argv
     for arg in given:
