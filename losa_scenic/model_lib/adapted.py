@@ -1,5 +1,7 @@
 """Backbone + method + classifier: the only model the trainer sees."""
 
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,10 +12,23 @@ from jaxtyping import Float, Num
 from losa_scenic.adapt_lib.method import Method, Run, partition
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType
-from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.encoder import Gather
+from losa_scenic.model_lib import encode_again, quantised, sites
+from losa_scenic.model_lib.encode_again import ReadWith
+from losa_scenic.model_lib.encoder import Encoded, Gather, Read, read_layers
 from losa_scenic.model_lib.spec import BackboneSpec
+from losa_scenic.model_lib.streaming import Stream
 from losa_scenic.model_lib.vit import ViT
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run(Run):
+  """`Run` that leaves out the norm of tokens that the pooling does not read."""
+
+  whole: Callable[..., Array]
+
+  def features(self, tokens: Array, *, train: bool = False) -> Array:
+    """See `Run`."""
+    return self.whole(tokens, train=train)
 
 
 class Adapted(nn.Module):
@@ -30,6 +45,10 @@ class Adapted(nn.Module):
     scan: scan over stacked layers instead of unrolling them.
     remat: recompute layers in the backward pass.
     gather: what the weights of a layer pass through just before it runs, see `encoder.Encoder`.
+    quantisation: what the frozen linear layers of blocks are stored as, a key of `quantised.KINDS`;
+      None for floats.
+    stream: how layers run that are packed in the host's memory, see `streaming`; parameters are
+      initialised unpacked all the same.
   """
 
   spec: BackboneSpec
@@ -39,8 +58,16 @@ class Adapted(nn.Module):
   scan: bool = False
   remat: bool = False
   gather: Gather | None = None
+  quantisation: str | None = None
+  stream: Stream | None = None
 
   def setup(self):
+    if self.quantisation is not None:
+      quantised.check(
+        self.quantisation,
+        trains_kernels=self.method.trains_kernels,
+        spares_backbone=self.method.spares_backbone,
+      )
     if self.scan and self.method.unrolled:
       raise errors.UserError(
         "This method treats layers differently: they cannot be scanned (layer_loop 'unroll')."
@@ -53,6 +80,9 @@ class Adapted(nn.Module):
       scan=self.scan,
       remat=self.remat,
       gather=self.gather,
+      quantisation=self.quantisation,
+      stream=self.stream,
+      frozen=self.method.spares_backbone,
     )
     self.shared = self.method.shared() if self.method.shared else None
     self.side = self.method.side() if self.method.side else None
@@ -60,12 +90,39 @@ class Adapted(nn.Module):
       self.num_classes, kernel_init=nn.initializers.zeros, dtype=jnp.float32
     )
 
-  def features(self, inputs: Num[Array, 'b *thw c'], *, train: bool = False) -> Float[Array, 'b d']:
-    """The pooled features that the classifier sees."""
+  def features(
+    self,
+    inputs: Num[Array, 'b *thw c'] | None,
+    *,
+    train: bool = False,
+    encoded: Encoded | None = None,
+  ) -> Float[Array, 'b d']:
+    """The pooled features that the classifier sees; the arguments are those of a call."""
     shared = self.shared() if self.shared is not None else None
 
-    def encode(images: Array, *, per_layer: Any = None, train: bool = False):
-      return self.backbone.encode(images, per_layer=per_layer, shared=shared, train=train)
+    def encode(
+      images: Array | None,
+      *,
+      per_layer: Any = None,
+      train: bool = False,
+      read: Read | None = None,
+    ) -> Encoded:
+      if encoded is not None:
+        values = encoded.layers
+        values = values if read is None else read_layers(values, self.spec.depth, read)
+        return dataclasses.replace(encoded, layers=values)
+      if images is None:
+        raise ValueError('Neither inputs are given nor what the encoder made of them.')
+      return self.backbone.encode(
+        images, per_layer=per_layer, shared=shared, train=train, read=read
+      )
+
+    def encode_twice(images: Array | None, read: ReadWith, weights: Sequence[Any]) -> Encoded:
+      if encoded is not None or images is None or self.is_initializing():
+        return encode(images, read=lambda i, values: read(i, weights[i], values))
+      self._check_spared()
+      backbone, variables = self.backbone.unbind()
+      return encode_again.run(backbone, read, variables, images, list(weights))
 
     def normed(tokens: Array, *, train: bool = False) -> Array:
       return self.backbone.normed(tokens, shared=shared, train=train)
@@ -73,17 +130,46 @@ class Adapted(nn.Module):
     def pooled(tokens: Array, *, train: bool = False) -> Array:
       return self.backbone.pooled(tokens, shared=shared, train=train)
 
-    run = Run(encode=encode, normed=normed, pooled=pooled)
+    def whole(tokens: Array, *, train: bool = False) -> Array:
+      return self.backbone.features(tokens, shared=shared, train=train)
+
+    run = _Run(encode, encode_twice, normed, pooled, whole)
     if self.side is not None:
       return self.side(run, inputs, train=train)
     return run.features(run.encode(inputs, train=train).tokens, train=train)
 
+  def encode(self, inputs: Num[Array, 'b *thw c']) -> Encoded:
+    """One pass through the frozen encoder, for methods that never change what it computes.
+
+    Raises:
+      ValueError: for a method that does not spare the backbone.
+    """
+    self._check_spared()
+    return self.backbone.encode(inputs)
+
+  def _check_spared(self) -> None:
+    if not self.method.spares_backbone:
+      raise ValueError('This method changes what the encoder computes.')
+
   def __call__(
-    self, inputs: Num[Array, 'b *thw c'], *, train: bool = False, debug: bool = False
+    self,
+    inputs: Num[Array, 'b *thw c'] | None,
+    *,
+    train: bool = False,
+    debug: bool = False,
+    encoded: Encoded | None = None,
   ) -> Float[Array, 'b classes']:
-    """Logits, float32. `debug` is part of Scenic's signature and has no effect."""
+    """Logits, float32.
+
+    Args:
+      inputs: images or clips; None where `encoded` is given.
+      train: whether this is a training pass.
+      debug: part of Scenic's signature, without effect.
+      encoded: what `encode` gave for the inputs, which is then not computed again.
+    """
     del debug
-    return self.output_projection(self.features(inputs, train=train).astype(jnp.float32))
+    features = self.features(inputs, train=train, encoded=encoded)
+    return self.output_projection(features.astype(jnp.float32))
 
   def input_shape(self, batch: int = 1) -> tuple[int, ...]:
     """Shape of a batch of inputs."""

@@ -88,8 +88,9 @@ def attention(
       *(split_heads(x, heads) for x in (q, k, v)), implementation='cudnn'
     )
     return y.reshape(q.shape)
-  # On CPU XLA has no product of float16 matrices with float32 sums.
-  if dtype == jnp.float16 and jax.default_backend() == 'cpu':
+  # On CPU XLA has no product of float16 matrices with float32 sums, and on GPUs none of float16
+  # vectors: a pooling head has one query. `using` is for other devices than this one.
+  if dtype == jnp.float16 and (on_cpu() or min(n, m) == 1):
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   queries = n
   if way == 'chunked' or (way != 'plain' and m >= LEAST_KEYS):
@@ -104,6 +105,11 @@ def fits_kernel(dtype: DType, channels: int, n: int, m: int) -> bool:
   """
   half = dtype in (jnp.bfloat16, jnp.float16)
   return half and channels % 8 == 0 and channels <= 128 and n % 2 == 0 and m % 2 == 0
+
+
+def on_cpu() -> bool:
+  """Whether what is traced now will run on a CPU: the default device, unless `using` says how."""
+  return _way.get() is None and jax.default_backend() == 'cpu'
 
 
 def _has_kernel() -> bool:
@@ -147,7 +153,17 @@ def chunked(
 
 def _plain(q: Array, k: Array, v: Array, bias: Array | None, mask: Array | None) -> Array:
   """Of heads: [b n h e], [b m h e] twice, [1 h n m], [b|1 1 n|1 m] -> [b n h e]."""
+  if on_cpu() and bias is None and mask is None and q.dtype == jnp.float32:
+    return _scaled_late(q, k, v)
   return jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, implementation='xla')
+
+
+def _scaled_late(q: Array, k: Array, v: Array) -> Array:
+  """`_plain` as it is quick on CPUs: the sum of a softmax divides results, not all scores."""
+  q, k, v = (jnp.moveaxis(x, 2, 1) for x in (q, k, v))
+  scores = jnp.matmul(q * q.shape[-1] ** -0.5, jnp.swapaxes(k, 2, 3))
+  shares = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+  return jnp.moveaxis(jnp.matmul(shares, v) / shares.sum(-1, keepdims=True), 1, 2)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -20,6 +20,7 @@ from losa_scenic.adapt_lib.method import BACKBONE, Method, partition
 from losa_scenic.common_lib import config as config_lib
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Batch, Config, DType, Metrics, Params
+from losa_scenic.model_lib import packing, quantised, streaming
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.weights_lib import backbones
 
@@ -49,7 +50,8 @@ class ClassificationModel:
 
   Attributes:
     config: the run's config (fields: backbone, backbone_configs, method, method_configs,
-      model_dtype_str, frozen_dtype_str, layer_loop, remat, mesh, label_smoothing).
+      model_dtype_str, frozen_dtype_str, frozen_memory, stream_microbatches,
+      backbone_quantisation, layer_loop, remat, mesh, label_smoothing).
     dataset_meta_data: the dataset's `meta_data` (fields: num_classes, metric).
     backbone: the backbone that the config names.
     flax_model: the Linen module.
@@ -75,23 +77,50 @@ class ClassificationModel:
     method = methods.build(config.method, self.backbone.spec, methods.options(config))
     loop = errors.one_of('layer_loop', config.get('layer_loop', 'auto'), LAYER_LOOPS)
     dtype = errors.one_of('model_dtype_str', config.get('model_dtype_str', 'float32'), DTYPES)
+    fsdp, parts = (config.get('mesh') or {}).get('fsdp', 1), config.get('stream_microbatches', 1)
+    streamed = streaming.check(
+      config.get('frozen_memory', 'device'),
+      parts,
+      spares_backbone=method.spares_backbone,
+      fsdp=fsdp,
+    )
     # The mesh of a run may change, but random weights depend on the loop.
-    may_split = self.backbone.weights is not None
-    split = may_split and (config.get('mesh') or {}).get('fsdp', 1) != 1
-    return Adapted(
+    split = self.backbone.weights is not None and fsdp != 1
+    model = Adapted(
       spec=self.backbone.spec,
       method=method,
       num_classes=self.dataset_meta_data['num_classes'],
       dtype=jnp.dtype(dtype),
       scan=is_scanned(method, loop, split=split),
       remat=config.get('remat', False),
+      quantisation=config.get('backbone_quantisation'),
     )
+    if not streamed:
+      return model
+    layout, _ = packing.pack_shapes(self._shapes(model)[1])
+    return model.clone(stream=streaming.Stream(layout, parts))
+
+  def _shapes(self, model: Adapted) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Of (trainable, frozen) parameters as they are stored, but for their being packed."""
+    trainable, frozen = partition(model.param_shapes(), model.method)
+    return trainable, quantised.stored(frozen, self._frozen_dtype())
+
+  def _frozen_dtype(self) -> DType:
+    name = self.config.get('frozen_dtype_str', 'float32')
+    return jnp.dtype(errors.one_of('frozen_dtype_str', name, DTYPES))
+
+  def param_shapes(self) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `init_params` returns, as `jax.ShapeDtypeStruct`s."""
+    trainable, frozen = self._shapes(self.flax_model)
+    return trainable, packing.pack_shapes(frozen)[1] if self.flax_model.stream else frozen
 
   def identity(self) -> dict[str, Any]:
     """What a checkpoint must agree with: the backbone, the method, its options and their files."""
-    options = methods.options(self.config)
+    options, quantisation = methods.options(self.config), self.flax_model.quantisation
+    # Without the key where weights are floats, as in checkpoints from before there was a choice.
+    stored = {} if quantisation is None else {'quantisation': quantisation}
     return {
-      'backbone': self.backbone.identity(),
+      'backbone': self.backbone.identity() | stored,
       'method': {self.config.method: options, 'files': self.flax_model.method.files},
     }
 
@@ -106,17 +135,16 @@ class ClassificationModel:
         receives its part alone. None: on JAX's own choice of a device.
 
     Returns:
-      (trainable in float32, frozen in the config's `frozen_dtype_str`).
+      (trainable in float32, frozen as `quantised.stored` says and, if streamed, packed).
 
     Raises:
       errors.UserError: for a frozen random backbone unless `config.random_backbone` allows it, and
         for weights that do not fit.
     """
-    model, config = self.flax_model, self.config
-    frozen_dtype = jnp.dtype(
-      errors.one_of('frozen_dtype_str', config.get('frozen_dtype_str', 'float32'), DTYPES)
-    )
-    trainable, frozen = partition(model.param_shapes(), model.method)
+    model, config, stream = self.flax_model, self.config, self.flax_model.stream
+    trainable, frozen = self._shapes(model)
+    where = trees.flatten(shardings[0]) | trees.flatten(shardings[1]) if shardings else {}
+    buffer = packing.place_of(where)
     if self.backbone.weights is None:
       if trees.count(frozen) and not config.get('random_backbone', False):
         raise errors.UserError(
@@ -128,14 +156,21 @@ class ClassificationModel:
 
       def init(key: Array) -> tuple[dict[str, Any], dict[str, Any]]:
         values = model.init(key, jnp.zeros(model.input_shape()))
-        trainable, frozen = partition(values['params'], model.method)
-        return _cast(trainable, jnp.float32), _cast(frozen, frozen_dtype)
+        trainable, made = partition(values['params'], model.method)
+        made = jax.tree.map(lambda leaf, want: leaf.astype(want.dtype), made, frozen)
+        return _cast(trainable, jnp.float32), made
 
-      return _compute(init, rng, shardings)
-    own = trees.flatten(trainable)
-    where = trees.flatten(shardings[0]) | trees.flatten(shardings[1]) if shardings else {}
+      if stream is None:
+        return _compute(init, rng, shardings)
+      unpacked = shardings and (shardings[0], packing.unpacked_shardings(frozen, shardings[1]))
+      made, frozen = _compute(init, rng, unpacked)
+      return made, packing.pack_tree(frozen, stream.layout, buffer)
+    own, wanted = trees.flatten(trainable), trees.flatten(self.param_shapes()[1])
+    packer = packing.Packer(stream.layout, buffer) if stream else None
 
-    def place(path: str, value: np.ndarray) -> Array:
+    def place(path: str, value: np.ndarray) -> Any:
+      if packer is not None and packer.put(path, value):
+        return None
       sharding = where.get(f'{BACKBONE}/{path}')
       if sharding is None:
         return jax.device_put(value)
@@ -143,17 +178,19 @@ class ClassificationModel:
 
     stored = backbones.load(
       self.backbone,
-      stack=model.scan,
-      dtype=lambda path: jnp.float32 if f'{BACKBONE}/{path}' in own else frozen_dtype,
+      stack=model.scan and packer is None,
+      dtype=lambda path: jnp.float32 if f'{BACKBONE}/{path}' in own else self._frozen_dtype(),
       place=place,
+      quantisation=model.quantisation,
     )
-    flat = trees.flatten({BACKBONE: stored})
+    flat = {p: leaf for p, leaf in trees.flatten({BACKBONE: stored}).items() if leaf is not None}
+    if packer is not None:
+      flat |= packer.packed()
     trainable = _compute(model.init_trainable, rng, shardings and shardings[0])
     trainable = _replace(trainable, flat)
-    wanted = {path: leaf.shape for path, leaf in trees.flatten(frozen).items()}
     missing = [path for path in wanted if path not in flat]
     unused = [p for p in flat if p not in wanted and p not in trees.flatten(trainable)]
-    wrong = [p for p, shape in wanted.items() if p in flat and flat[p].shape != shape]
+    wrong = [p for p, leaf in wanted.items() if p in flat and flat[p].shape != leaf.shape]
     if missing or unused or wrong:
       raise errors.UserError(
         f"The weights of backbone '{config.backbone}' do not fit the model: missing "

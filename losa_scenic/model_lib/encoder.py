@@ -9,7 +9,7 @@ pass through the blocks, and every operation is visible to XLA's cost analysis.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +21,7 @@ from jaxtyping import Float
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType, Params, PyTree
-from losa_scenic.model_lib import attention, layers, positions, sites
+from losa_scenic.model_lib import attention, layers, positions, sites, streaming
 from losa_scenic.model_lib.spec import BackboneSpec
 
 
@@ -50,22 +50,26 @@ class Encoded:
 
 
 class Block(nn.Module):
-  """One transformer block; its parts stand at the sites of `sites.LayerSite`."""
+  """One transformer block; its parts stand at the sites of `sites.LayerSite`.
+
+  With `tokens_first` its input and all it makes of it is [n b d]; only attention minds.
+  """
 
   spec: BackboneSpec
   dtype: DType = jnp.float32
+  quantisation: str | None = None
+  tokens_first: bool = False
 
   def setup(self):
     spec, norm = self.spec, functools.partial(layers.norm, self.spec, self.dtype)
 
-    def linear(name: str, features: int, **kwargs: Any) -> nn.Dense:
-      return layers.dense(features, self.dtype, use_bias=spec.has_bias(name), **kwargs)
+    def linear(name: str, features: int, **kwargs: Any) -> layers.Linear:
+      kwargs['use_bias'] = spec.has_bias(name)
+      return layers.dense(features, self.dtype, self.quantisation, **kwargs)
 
     self.norm1, self.norm2 = norm(), norm()
-    # Of clips a copy of the merged weights is much; of images three products in one are quicker.
-    product = layers.lone_product if spec.frames else None
     self.query, self.key, self.value = (
-      linear(name, spec.width, dot_general=product) for name in ('query', 'key', 'value')
+      linear(name, spec.width) for name in ('query', 'key', 'value')
     )
     self.out = linear('out', spec.width)
     mlp_bias = nn.initializers.normal(1e-6)
@@ -94,10 +98,11 @@ class Block(nn.Module):
 
     def attend(qkv: Any) -> Array:
       q, k, v, *mask = qkv
+      q, k, v = (self._batch_first(x) for x in (q, k, v))
       bias = None
       if spec.relative_positions:
         bias = positions.relative_bias(self.relative_bias, spec, q.shape[1], k.shape[1])
-      return attention.attention(q, k, v, spec.heads, *mask, bias=bias)
+      return self._batch_first(attention.attention(q, k, v, spec.heads, *mask, bias=bias))
 
     def attn(u: Array) -> Array:
       q, k, v = (at(name, getattr(self, name))(u) for name in ('query', 'key', 'value'))
@@ -130,13 +135,20 @@ class Block(nn.Module):
       x = getattr(self, norm)(x)
     elif spec.qk_norm == 'head':
       x = getattr(self, norm)(attention.split_heads(x, spec.heads)).reshape(x.shape)
-    return positions.rotate(x, spec) if spec.rope != 'none' else x
+    if spec.rope == 'none':
+      return x
+    return self._batch_first(positions.rotate(self._batch_first(x), spec))
+
+  def _batch_first(self, x: Float[Array, 'x y d']) -> Float[Array, '_ _ d']:
+    """Tokens as attention takes them, and its own inverse."""
+    return jnp.swapaxes(x, 0, 1) if self.tokens_first else x
 
 
 class Layer(nn.Module):
   """A block and this layer's own inserts: the body that is scanned.
 
   Inserts are ordinary children, named `insert_<site>`, so their parameters stack by themselves.
+  `tokens_first`, for layers without inserts, makes tokens lie as [n b d] in memory.
   """
 
   spec: BackboneSpec
@@ -144,11 +156,18 @@ class Layer(nn.Module):
   collect: tuple[str, ...]
   ctx: sites.Ctx
   dtype: DType = jnp.float32
+  quantisation: str | None = None
+  tokens_first: bool = False
 
   def setup(self):
     # Made in setup, never inside an operation: a module built lazily inside an insert would be
     # adopted by the insert, and frozen weights would move into its subtree.
-    self.block = Block(self.spec, dtype=self.dtype)
+    self.block = Block(
+      self.spec,
+      dtype=self.dtype,
+      quantisation=self.quantisation,
+      tokens_first=self.tokens_first,
+    )
     self.insert = {sites.name_of(where): make() for where, make in self.inserts}
 
   def __call__(
@@ -156,8 +175,42 @@ class Layer(nn.Module):
   ) -> tuple[Float[Array, 'b m d'], dict[str, Array]]:
     seen: dict[str, Array] = {}
     ctx = dataclasses.replace(self.ctx, layer=layer, shared=shared, record=seen.__setitem__)
-    x = self.block(x, sites.make_at(sites.by_site(self.insert), ctx, self.collect, seen))
-    return x, seen
+    at = sites.make_at(sites.by_site(self.insert), ctx, self.collect, seen)
+    if not self.tokens_first:
+      return self.block(x, at), seen
+    # These only say how arrays lie in memory: from layer to layer they cancel out.
+    x = jnp.swapaxes(self.block(jnp.swapaxes(x, 0, 1), at), 0, 1)
+    return x, jax.tree.map(lambda y: jnp.swapaxes(y, 0, 1), seen)
+
+
+# `read(layer, {name: collected or recorded value})` -> {name: what is wanted of it}, any tree.
+Read = Callable[[int, Mapping[str, Any]], dict[str, Any]]
+
+
+def read_layers(values: Mapping[str, Any], depth: int, read: Read) -> dict[str, tuple[Any, ...]]:
+  """What is wanted of the values of all layers, {name: [layer]}, when all layers have run.
+
+  Args:
+    values: `Encoded.layers`.
+    depth: number of layers.
+    read: called for one layer after the other.
+  """
+  each = [
+    read(i, {name: x[i] for name, x in values.items() if x[i] is not None}) for i in range(depth)
+  ]
+  return _by_name(each)
+
+
+def _by_name(each: Sequence[Mapping[str, Any]]) -> dict[str, tuple[Any, ...]]:
+  names = dict.fromkeys(name for values in each for name in values)
+  return {name: tuple(values.get(name) for values in each) for name in names}
+
+
+def _in_turn(x: Array, values: Any) -> tuple[Array, Any]:
+  """Makes what comes after wait until `values` are there; no gradient passes x."""
+  # Without a gradient, else the barrier would give x one wherever `values` have one.
+  x, values = jax.lax.optimization_barrier((jax.lax.stop_gradient(x), values))
+  return jax.lax.stop_gradient(x), values
 
 
 # `gather(name of the layer, its parameters)`: 'layers' when scanned, else 'layers_<i>'.
@@ -176,6 +229,10 @@ class Encoder(nn.Module):
     remat: recompute each layer in the backward pass instead of keeping its activations.
     gather: what the parameters of a layer pass through just before it runs, in the backward pass
       anew; for weights that are not whole on each device. None: they are.
+    quantisation: what the linear layers of blocks are stored as, a key of `quantised.KINDS`; None
+      for floats.
+    stream: how layers run whose weights are packed in the host's memory; it is not for others.
+    frozen: no gradient is wanted of anything in here, nor of the input.
   """
 
   spec: BackboneSpec
@@ -185,6 +242,9 @@ class Encoder(nn.Module):
   scan: bool = False
   remat: bool = False
   gather: Gather | None = None
+  quantisation: str | None = None
+  stream: streaming.Stream | None = None
+  frozen: bool = False
 
   @nn.compact
   def __call__(
@@ -193,6 +253,7 @@ class Encoder(nn.Module):
     ctx: sites.Ctx,
     per_layer: PyTree | None = None,
     shared: PyTree | None = None,
+    read: Read | None = None,
   ) -> tuple[Float[Array, 'b m d'], dict[str, Any]]:
     """Runs all layers.
 
@@ -201,10 +262,12 @@ class Encoder(nn.Module):
       ctx: grid, prefix and mode.
       per_layer: optional values with a leading [depth] axis, handed to each layer's inserts.
       shared: optional values handed to every layer's inserts.
+      read: what is wanted of the values of each layer. Of unrolled layers that are frozen, each is
+        read before the next one runs, so that nothing else of its values stays in memory.
 
     Returns:
       The last layer's output (m tokens, n unless inserts add some) and {name: collected or recorded
-      values, indexable by layer}.
+      values, or what was read of them, indexable by layer}.
 
     Raises:
       errors.UserError: for a scan of layers that differ.
@@ -212,18 +275,26 @@ class Encoder(nn.Module):
     sites.check_layer_sites(self.collect)
     if self.scan and sites.differ_by_layer(self.inserts):
       raise errors.UserError('The layers of this method differ: they cannot be scanned.')
+    body = {'dtype': self.dtype, 'quantisation': self.quantisation}
+    if self.frozen and not self.is_initializing():
+      found = self._one_by_one(x, ctx, per_layer, shared, read)
+      if found is not None:
+        return found
     if not self.scan:
       seen = []
       for i in range(self.spec.depth):
         inserts = tuple(sites.of_layer(self.inserts, i).items())
         name = f'layers_{i}'
-        module = self._body(name)(
-          self.spec, inserts, self.collect, ctx, dtype=self.dtype, name=name
-        )
+        # On CPUs side networks mix tokens quicker if tokens come first; to layers it is the same.
+        body['tokens_first'] = not inserts and attention.on_cpu()
+        module = self._body(name)(self.spec, inserts, self.collect, ctx, **body, name=name)
         x, values = module(x, jax.tree.map(lambda a, i=i: a[i], per_layer), shared)
+        if read is not None:
+          values = read(i, values)
+          if self.frozen and not attention.on_cpu():
+            x, values = _in_turn(x, values)
         seen.append(values)
-      names = dict.fromkeys(name for values in seen for name in values)
-      return x, {name: tuple(values.get(name) for values in seen) for name in names}
+      return x, _by_name(seen)
     scanned = nn.scan(
       self._body('layers'),
       variable_axes={'params': 0},
@@ -232,9 +303,40 @@ class Encoder(nn.Module):
       length=self.spec.depth,
     )
     inserts = tuple(sites.of_layer(self.inserts, 0).items())
-    return scanned(self.spec, inserts, self.collect, ctx, dtype=self.dtype, name='layers')(
+    x, stacked = scanned(self.spec, inserts, self.collect, ctx, **body, name='layers')(
       x, per_layer, shared
     )
+    return x, stacked if read is None else read_layers(stacked, self.spec.depth, read)
+
+  def _one_by_one(
+    self, x: Array, ctx: sites.Ctx, per_layer: PyTree, shared: PyTree, read: Read | None
+  ) -> tuple[Array, dict[str, Any]] | None:
+    """Runs layers whose weights are elsewhere until their turn; None if there are none."""
+    stream, gather = self.stream, self.gather
+    own = {'dtype': self.dtype, 'quantisation': self.quantisation}
+    layer: Any = Layer(self.spec, (), self.collect, ctx, **own, parent=None)
+
+    def run(params: Any, x: Array, own: PyTree) -> tuple[Array, dict[str, Array]]:
+      return layer.apply({'params': params}, x, own, shared)
+
+    if stream is not None and self.has_variable('params', stream.layout.names[0]):
+      rows = [self.get_variable('params', name) for name in stream.layout.names]
+      if self.scan:
+        x, stacked = stream.run(rows[0], run, x, per_layer)
+        return x, stacked if read is None else read_layers(stacked, self.spec.depth, read)
+      x, each = stream.run_apart(rows, run, x, per_layer, read)
+      return x, _by_name(each)
+    # On GPUs XLA would make the weights of all layers whole before the first one runs.
+    in_turn = gather is not None or (self.quantisation is not None and not attention.on_cpu())
+    if self.scan or self.inserts or not in_turn:
+      return None
+    parts = [self.get_variable('params', f'layers_{i}') for i in range(self.spec.depth)]
+
+    def whole(i: int, params: Params) -> Params:
+      return params if gather is None else gather(f'layers_{i}', params)
+
+    x, each = streaming.one_by_one(parts, whole, dict, run, x, per_layer, read)
+    return x, _by_name(each)
 
   def _body(self, name: str) -> Callable[..., Layer]:
     """What makes the layer of that name."""

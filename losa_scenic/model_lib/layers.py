@@ -9,32 +9,32 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Float
 
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib.attention import attention
+from losa_scenic.model_lib.quantised import QuantisedDense
 from losa_scenic.model_lib.spec import BackboneSpec
 
+Linear = nn.Dense | QuantisedDense
 At = Callable[[str, Callable[[Any], Array]], Callable[[Any], Array]]
 
 
-def dense(features: int, dtype: DType, **kwargs) -> nn.Dense:
-  """A linear layer [.. d] -> [.. features]; kernel xavier-uniform as in the ViT code bases."""
-  kwargs.setdefault('kernel_init', nn.initializers.xavier_uniform())
-  return nn.Dense(features, dtype=dtype, **kwargs)
+def dense(features: int, dtype: DType, quantisation: str | None = None, **kwargs: Any) -> Linear:
+  """A linear layer [.. d] -> [.. features]; kernel xavier-uniform as in the ViT code bases.
 
-
-def lone_product(x: Array, kernel: Array, *args: Any, **kwargs: Any) -> Array:
-  """`jax.lax.dot_general` that the compiler does not merge with others of the same input.
-
-  For GPUs XLA makes one product of the three of attention, for which it copies their weights side
-  by side in every step, those of all layers before the first one runs.
+  Args:
+    features: width of the output.
+    dtype: of compute.
+    quantisation: of the kernel, a key of `quantised.KINDS`; None for floats.
+    **kwargs: more attributes of the layer.
   """
-  x, kernel = jax.lax.optimization_barrier((x, kernel))
-  return jax.lax.dot_general(x, kernel, *args, **kwargs)
+  kwargs.setdefault('kernel_init', nn.initializers.xavier_uniform())
+  if quantisation is not None:
+    return QuantisedDense(features, quantisation, dtype=dtype, **kwargs)
+  return nn.Dense(features, dtype=dtype, **kwargs)
 
 
 def norm(spec: BackboneSpec, dtype: DType) -> nn.LayerNorm | nn.RMSNorm:

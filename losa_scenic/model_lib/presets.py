@@ -26,8 +26,10 @@ class _Variant:
 #   S: DeiT, also big_vision's 'S'.        B, L, H: ViT (Dosovitskiy et al. 2021, Table 1).
 #   g, G: Scaling Vision Transformers (Zhai et al. 2022, Table 2); the MLP is not 4 x width.
 #   e: PaLI (Chen et al. 2022), geometry as in big_vision's 'e'; patch 14.
+#   22B: Dehghani et al. 2023, Table 1; our blocks are in a row, theirs attend and compute the MLP
+#        side by side, without biases of query, key and value; the size and the work are the same.
 #   Mi: ours, small enough to train on two CPU cores.   test: ours, for tests only.
-# Pooling: the paper's H, g, G, e carry a MAP head and no class token; the others a class token.
+# Pooling: H, g, G, e, 22B carry a MAP head and no class token, as published; the others the token.
 _VARIANTS = {
   'test': _Variant(32, 3, 64, 2, 'cls'),
   'Mi': _Variant(96, 6, 384, 3, 'cls'),
@@ -39,6 +41,7 @@ _VARIANTS = {
   'g': _Variant(1408, 40, 6144, 16, 'map'),
   'G': _Variant(1664, 48, 8192, 16, 'map'),
   'e': _Variant(1792, 56, 15360, 16, 'map'),
+  '22B': _Variant(6144, 48, 24576, 48, 'map'),
 }
 PUBLISHED_PATCH = {
   'test': 8,
@@ -51,6 +54,7 @@ PUBLISHED_PATCH = {
   'g': 14,
   'G': 14,
   'e': 14,
+  '22B': 14,
 }
 
 _IMAGE_SIZE = {'test': 32, 'Mi': 64}  # the others: 224

@@ -25,6 +25,7 @@ import flax.linen as nn
 
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, PyTree
+from losa_scenic.model_lib import quantised
 
 # Of an array; at 'attend' of (q, k, v) or (q, k, v, mask).
 Op = Callable[[Any], Array]
@@ -203,8 +204,13 @@ def kernel(f: Op) -> Array:
 
   Raises:
     errors.UserError: if `f` is no linear layer of the backbone, for example because another insert
-      stands between.
+      stands between, or if its weight is quantised.
   """
+  if isinstance(f, quantised.QuantisedDense):
+    raise errors.UserError(
+      'This method needs the frozen weights themselves, which are quantised '
+      f"('{f.kind}'): leave backbone_quantisation out."
+    )
   if not isinstance(f, nn.Dense):
     raise errors.UserError(
       'This insert needs the frozen weight itself: no other insert may stand at its site, and the '

@@ -9,6 +9,8 @@ runs the encoder on each time by itself, as on an image (the spatial encoder of 
 pooling; what comes after it stands at the site 'time'.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jaxtyping import Float, Num
 
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, DType, PyTree
-from losa_scenic.model_lib import encoder, layers, sites
+from losa_scenic.model_lib import encoder, layers, sites, streaming
 from losa_scenic.model_lib.spec import BackboneSpec
 
 
@@ -31,6 +33,9 @@ class ViT(nn.Module):
     scan: scan over stacked layers instead of unrolling them.
     remat: recompute layers in the backward pass.
     gather: see `Encoder`.
+    quantisation: see `Encoder`.
+    stream: see `Encoder`.
+    frozen: see `Encoder`.
   """
 
   spec: BackboneSpec
@@ -40,6 +45,9 @@ class ViT(nn.Module):
   scan: bool = False
   remat: bool = False
   gather: encoder.Gather | None = None
+  quantisation: str | None = None
+  stream: streaming.Stream | None = None
+  frozen: bool = False
 
   def setup(self):
     spec = self.spec
@@ -76,6 +84,9 @@ class ViT(nn.Module):
       scan=self.scan,
       remat=self.remat,
       gather=self.gather,
+      quantisation=self.quantisation,
+      stream=self.stream,
+      frozen=self.frozen,
     )
     if spec.final_norm != 'none':
       self.norm = layers.norm(spec, self.dtype)
@@ -99,6 +110,7 @@ class ViT(nn.Module):
     per_layer: PyTree | None = None,
     shared: PyTree | None = None,
     train: bool = False,
+    read: encoder.Read | None = None,
   ) -> encoder.Encoded:
     """Runs the encoder.
 
@@ -108,11 +120,12 @@ class ViT(nn.Module):
       per_layer: optional signal to each layer's inserts, leading axis [depth].
       shared: optional signal to all layers' inserts.
       train: whether this is a training pass.
+      read: what is wanted of the values of each layer, see `Encoder`.
 
     Returns:
-      The tokens before the final norm, and everything collected. If the backbone is factorised,
-      tokens of all times stand in one row: all class tokens and registers, then the grid, then what
-      was added.
+      The tokens before the final norm, and everything collected, or what was read of it. If the
+      backbone is factorised, tokens of all times stand in one row: all class tokens and registers,
+      then the grid, then what was added.
 
     Raises:
       errors.UserError: if the image size is not that of the position embedding.
@@ -126,16 +139,20 @@ class ViT(nn.Module):
     at = self._at(train, shared)
     embedded = self._embedded(at('patch', self.patch)(normalize(images, spec)))
     ctx = self._ctx(train, shared=None)  # The encoder hands `shared` to its layers itself.
-    seen: dict[str, Array] = {}
+    seen: dict[str, Any] = {}
+    read_now = read if spec.sequences == 1 else None  # Else rows of whole inputs come later.
 
     def run(x: Array) -> Array:
-      x, values = self.encoder(x, ctx, per_layer, shared)
+      x, values = self.encoder(x, ctx, per_layer, shared, read_now)
       seen.update(values)
       return x
 
     tokens, embedded = self._joined(at('encoder', run)(embedded)), self._joined(embedded)
-    for site in seen.keys() & set(self.collect):
-      seen[site] = jax.tree.map(self._joined, seen[site])
+    if spec.sequences > 1:
+      for site in seen.keys() & set(self.collect):
+        seen[site] = jax.tree.map(self._joined, seen[site])
+    if read is not None and read_now is None:
+      seen = encoder.read_layers(seen, spec.depth, read)
     prefix = spec.sequences * spec.prefix
     return encoder.Encoded(tokens, embedded, seen, spec.grid, prefix, spec.sequences)
 
@@ -192,6 +209,10 @@ class ViT(nn.Module):
     at, spec = self._at(train, shared), self.spec
 
     def pool(x: Array) -> Array:
+      if spec.pool == 'map' and self.stream is not None and not self.is_initializing():
+        params = streaming.fetched(self.map_head.variables['params'], x)
+        head: Any = layers.MapHead(spec, dtype=self.dtype, parent=None)
+        return head.apply({'params': params}, x, at)
       if spec.pool == 'map':
         return self.map_head(x, at)
       if spec.pool == 'gap':
@@ -209,8 +230,15 @@ class ViT(nn.Module):
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b d']:
     """Final norm and pooling of tokens in the place of the last block's output."""
-    tokens = self.normed(tokens, shared=shared, train=train)
+    tokens = self.normed(self._pooling_reads(tokens), shared=shared, train=train)
     return self.pooled(tokens, shared=shared, train=train)
+
+  def _pooling_reads(self, tokens: Float[Array, 'b n d']) -> Float[Array, 'b m d']:
+    """The tokens whose norm makes a difference: the class token, if no insert sees the others."""
+    spec, placed = self.spec, {site for where in self.inserts for site in sites.sites_of(where)}
+    if spec.sequences > 1 or not spec.pool.startswith('cls') or placed & {'norm', 'pool'}:
+      return tokens
+    return tokens[:, : 1 if spec.pool == 'cls' else 2]
 
   def __call__(self, images: Num[Array, 'b *thw c'], *, train: bool = False) -> Float[Array, 'b d']:
     """Images -> pooled features."""

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import presets
+from losa_scenic.model_lib import presets, quantised
 from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.weights_lib import checkpoint, inflate, stored
 
@@ -218,6 +218,7 @@ def load(
   stack: bool = True,
   dtype: Callable[[str], Any] | None = None,
   place: Callable[[str, np.ndarray], jax.Array] = lambda _, value: jax.device_put(value),
+  quantisation: str | None = None,
 ) -> dict[str, Any]:
   """Reads stored weights, one parameter after the other, onto the devices.
 
@@ -232,6 +233,8 @@ def load(
       when None.
     place: `place(path, value)` puts an array of the host on devices; with a sharding, each gets its
       part alone.
+    quantisation: of the linear layers of blocks, one of `quantised.KINDS`: they are rounded here,
+      one layer's after the other, and `dtype` is not for them. None: they stay floats.
 
   Returns:
     The tree of the plain backbone's parameters.
@@ -249,27 +252,35 @@ def load(
   if missing:
     raise errors.UserError(f'The stored weights lack {missing[:8]}.')
 
-  def read(path: str, as_path: str) -> np.ndarray:
+  def read(path: str, as_path: str) -> dict[str, np.ndarray]:
+    """What is stored in the place of a parameter: one value, or what quantising makes of it."""
     value = checkpoint.resized(path, weights.read(path), weights.spec, backbone.spec)
-    return value if dtype is None else value.astype(dtype(as_path), copy=False)
+    if quantisation is not None and quantised.is_kernel(as_path):
+      return quantised.in_place_of(as_path, value, quantisation)
+    return {as_path: value if dtype is None else value.astype(dtype(as_path), copy=False)}
 
   flat: dict[str, Any] = {}
-  if not stack:
-    return trees.unflatten({path: place(path, _aligned(read(path, path))) for path in wanted})
-  for name, shape in stored.stack_shapes(wanted).items():
+  for name, shape in (stored.stack_shapes(wanted) if stack else wanted).items():
     if not name.startswith('encoder/layers/'):
-      flat[name] = place(name, _aligned(read(name, name)))
-      continue
-    whole = _mapped_layers(weights, backbone.spec, name, dtype)
-    if whole is None:
+      parts = {path: _aligned(value) for path, value in read(name, name).items()}
+    else:
+      rounded = quantisation is not None and quantised.is_kernel(name)
+      mapped = None if rounded else _mapped_layers(weights, backbone.spec, name, dtype)
       layers = (read(name.replace('/layers/', f'/layers_{i}/', 1), name) for i in range(shape[0]))
-      first = next(layers)
-      whole = _empty(shape, first.dtype)
-      whole[0] = first
-      for i, value in enumerate(layers, start=1):
-        whole[i] = value
-    flat[name] = place(name, whole)
+      parts = _stacked(layers, shape[0]) if mapped is None else {name: mapped}
+    flat |= {path: place(path, value) for path, value in parts.items()}
   return trees.unflatten(flat)
+
+
+def _stacked(layers: Iterable[Mapping[str, np.ndarray]], depth: int) -> dict[str, np.ndarray]:
+  """Parameters of one layer after the other -> those of all layers, with a leading axis."""
+  whole: dict[str, np.ndarray] = {}
+  for i, layer in enumerate(layers):
+    for path, value in layer.items():
+      if i == 0:
+        whole[path] = _empty((depth, *value.shape), value.dtype)
+      whole[path][i] = value
+  return whole
 
 
 def _mapped_layers(
