@@ -49,6 +49,14 @@ def check(method: Method) -> None:
         )
 
 
+def _check_floats(model: Adapted) -> None:
+  if model.quantisation is not None:
+    raise errors.UserError(
+      f"A quantised backbone ('{model.quantisation}') cannot be merged with what was trained on "
+      'it: leave backbone_quantisation or export_backbone out.'
+    )
+
+
 def fold(model: Adapted, params: Params) -> dict[str, Any]:
   """The parameters of a plain backbone that computes what the adapted one computes.
 
@@ -63,6 +71,7 @@ def fold(model: Adapted, params: Params) -> dict[str, Any]:
   Raises:
     errors.UserError: if the method cannot be merged, with the reason.
   """
+  _check_floats(model)
   check(model.method)
   backbone = _merge(model, encoder.unstack_layers(params) if model.scan else params)
   return encoder.stack_layers(backbone) if model.scan else backbone
@@ -73,6 +82,7 @@ def check_model(model: Adapted) -> None:
 
   Random parameters are merged: those of the model, and of one layer of each kind.
   """
+  _check_floats(model)
   check(model.method)
   if not any(not _only_in_training(make) for make in model.method.inserts.values()):
     return
@@ -165,7 +175,7 @@ def _fold_site(site: str, params: Params, spec: BackboneSpec, apply: ApplyInsert
   return _probe_linear(site, lambda x: adapted(x[:, None])[:, 0], params)
 
 
-def _dense(params: Params) -> nn.Dense:
+def _dense(params: Params) -> layers.Linear:
   return layers.dense(params['kernel'].shape[1], jnp.float32, use_bias='bias' in params)
 
 

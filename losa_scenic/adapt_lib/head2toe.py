@@ -123,7 +123,7 @@ class Head2Toe(nn.Module):
 
   @nn.compact
   def __call__(
-    self, run: Run, inputs: Num[Array, 'b *thw c'], *, train: bool
+    self, run: Run, inputs: Num[Array, 'b *thw c'] | None, *, train: bool
   ) -> Float[Array, 'b features']:
     encoded = run.encode(inputs, train=train)
     normed = run.normed(encoded.tokens, train=train)

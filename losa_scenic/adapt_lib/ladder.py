@@ -81,7 +81,7 @@ class Ladder(nn.Module):
 
   @nn.compact
   def __call__(
-    self, run: Run, inputs: Num[Array, 'b *thw c'], *, train: bool
+    self, run: Run, inputs: Num[Array, 'b *thw c'] | None, *, train: bool
   ) -> Float[Array, 'b ...']:
     encoded = run.encode(inputs, train=train)
     y = encoded.tokens if self.start == 'b_L' else encoded.embedded

@@ -97,7 +97,7 @@ class LAST(nn.Module):
 
   @nn.compact
   def __call__(
-    self, run: Run, inputs: Num[Array, 'b *thw c'], *, train: bool
+    self, run: Run, inputs: Num[Array, 'b *thw c'] | None, *, train: bool
   ) -> Float[Array, 'b ...']:
     encoded = run.encode(inputs, train=train)
     dtype = encoded.tokens.dtype

@@ -23,21 +23,17 @@ also train a rank-32 LoRA on the MAP head, which no sentence of it mentions: `ma
 
 import functools
 
-import flax.linen as nn
-from jaxtyping import Float, Num
-
-from losa_scenic.adapt_lib import inserts, ladder, mixer
-from losa_scenic.adapt_lib.method import Method, Run
+from losa_scenic.adapt_lib import inserts, ladder, mixers
+from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
-from losa_scenic.model_lib.encoder import Encoded
 from losa_scenic.model_lib.spec import BackboneSpec
 
 # What the side network reads of each block, in the order of the residual stream (Table 4).
 ACTIVATIONS = {'block': ('block',), 'mlp': ('mlp',), 'mhsa': ('attn',), 'both': ('attn', 'mlp')}
 ADAPTORS = ('low_rank_mixer', 'low_rank_mlp', 'transformer')
 Y0 = ('b_L', 'b_0')
+MEMORY = ('auto', 'fast', 'balanced', 'smallest')
 
 
 def build(
@@ -52,6 +48,7 @@ def build(
   alpha_init: float = 1.0,
   map_head_lora_rank: int = 0,
   transformer_width: int | None = None,
+  memory: str = 'auto',
 ) -> Method:
   """LoSA for a backbone.
 
@@ -72,6 +69,8 @@ def build(
     map_head_lora_rank: rank of a LoRA on the five targets of the MAP head (query, key, value, out,
       and one path around its MLP); 0 for none.
     transformer_width: channels of the transformer; 48 when not given, as in the paper.
+    memory: what training keeps of the outputs of blocks, see `side_memory`: 'fast', 'balanced',
+      'smallest' or 'auto'.
 
   Returns:
     The method. Trainable parameters without the classifier, for k taps (twice as many with 'both'):
@@ -104,6 +103,11 @@ def build(
     raise errors.UserError(
       "LoSA mix_time=False has no effect: it is for clips and adaptor 'low_rank_mixer'."
     )
+  errors.one_of('LoSA memory', memory, MEMORY)
+  if adaptor == 'transformer' and memory != 'auto':
+    raise errors.UserError(
+      f"LoSA memory='{memory}' is for mixers; adaptor 'transformer' keeps what it reads."
+    )
   taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
   if adaptor == 'transformer':
     width = 48 if transformer_width is None else transformer_width
@@ -112,7 +116,7 @@ def build(
   else:
     mix_tokens = adaptor == 'low_rank_mixer'
     side = functools.partial(
-      LoSA,
+      mixers.Mixers,
       rank,
       taps,
       collect,
@@ -121,6 +125,8 @@ def build(
       start=y0,
       alpha_init=alpha_init,
       gelu=spec.gelu,
+      memory=memory,
+      size=None if spec.frames and mix_tokens else (spec.tokens, spec.width),
     )
   low_rank = functools.partial(inserts.LowRank, rank=map_head_lora_rank)
   head: dict[sites.Where, sites.MakeInsert] = (
@@ -133,53 +139,3 @@ def build(
 def tap_indices(depth: int, k: int) -> tuple[int, ...]:
   """0-based blocks tapped by k side layers: round(j L / k) - 1 for j = 1..k, halves up."""
   return tuple((2 * j * depth + k) // (2 * k) - 1 for j in range(1, k + 1))
-
-
-class LoSA(nn.Module):
-  """The side network.
-
-  Attributes:
-    rank: r of every mixer.
-    taps: 0-based indices of the blocks that are read.
-    collect: the site or sites read of each of those blocks.
-    mix_tokens: alternate channel and token mixers; channel mixers only otherwise.
-    mix_time: whether the token mixers of clips have a temporal part.
-    start: 'b_L' or 'b_0'.
-    alpha_init: alpha before training.
-    gelu: 'tanh' or 'erf'.
-  """
-
-  rank: int
-  taps: tuple[int, ...]
-  collect: tuple[str, ...] = ('block',)
-  mix_tokens: bool = True
-  mix_time: bool = True
-  start: str = 'b_L'
-  alpha_init: float = 1.0
-  gelu: str = 'tanh'
-
-  @nn.compact
-  def __call__(
-    self, run: Run, inputs: Num[Array, 'b *hw c'], *, train: bool
-  ) -> Float[Array, 'b ...']:
-    encoded = run.encode(inputs, train=train)
-    y = encoded.tokens if self.start == 'b_L' else encoded.embedded
-    stream = [encoded.layers[site][tap] for tap in self.taps for site in self.collect]
-    for i, b in enumerate(stream):
-      y = self._mix(b + y, encoded, i, tokens=self.mix_tokens and i % 2 == 1) + y
-    return run.features(y, train=train)
-
-  def _mix(
-    self, x: Float[Array, 'b n d'], encoded: Encoded, i: int, tokens: bool
-  ) -> Float[Array, 'b n d']:
-    def mix(name: str, x: Array, axis: int, kind: type[mixer.Mixer] = mixer.Mixer) -> Array:
-      return kind(self.rank, axis, self.alpha_init, self.gelu, name=f'layer_{i}_{name}')(x)
-
-    if not tokens or encoded.grid[0] == 1:
-      return mix('token', x, 1) if tokens else mix('channel', x, -1)
-    again = nn.remat(mixer.Mixer)  # Hidden units of 16 frames at rank 64 are four times x.
-    by_time = mixer.by_time(x, encoded)
-    mixed = mix('spatial', by_time, 2, again)
-    if self.mix_time:
-      mixed += mix('temporal', by_time, 1, again)
-    return mixer.in_a_row(mixed, encoded)

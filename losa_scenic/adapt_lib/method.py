@@ -29,12 +29,17 @@ class Run:
   """The (possibly inserted-into) backbone as a side network may use it.
 
   Attributes:
-    encode: `encode(images, per_layer=None, train=False)` -> `Encoded`.
+    encode: `encode(images, per_layer=None, train=False, read=None)` -> `Encoded`; images are None
+      where the caller of the model has run the encoder before. For `read` see `encoder.Encoder`.
+    encode_twice: `encode_twice(images, read, weights)`, where `read(i, weights[i], values)` is
+      what is wanted of layer i. Nothing else is kept: the backward pass runs the encoder again, for
+      the gradient of the weights.
     normed: `normed(tokens, train=False)`: final norm, [b n d] -> [b n d].
     pooled: `pooled(tokens, train=False)`: pooling of normed tokens, [b n d] -> [b d].
   """
 
   encode: Callable[..., Encoded]
+  encode_twice: Callable[..., Any]
   normed: Callable[..., Array]
   pooled: Callable[..., Array]
 
@@ -47,7 +52,7 @@ class Run:
 class Side(Protocol):
   """A Linen module beside the backbone that makes the features the classifier sees."""
 
-  def __call__(self, run: Run, inputs: Array, *, train: bool) -> Float[Array, 'b d']: ...
+  def __call__(self, run: Run, inputs: Array | None, *, train: bool) -> Float[Array, 'b d']: ...
 
 
 def nothing(path: str) -> bool:
@@ -123,13 +128,18 @@ class Method:
     )
 
   @property
+  def trains_kernels(self) -> bool:
+    """Whether weight matrices of the encoder's layers train."""
+    return any(map(self.trains, _kernels()))
+
+  @property
   def memory_class(self) -> str:
     """What training keeps of the backbone: see `MEMORY_CLASSES`."""
     if self.spares_backbone:
       return 'A'
     if self.first:
       return 'B'
-    return 'D' if any(map(self.trains, _kernels())) else 'C'
+    return 'D' if self.trains_kernels else 'C'
 
 
 def _is_trainable(path: str, method: Method) -> bool:

@@ -1,5 +1,7 @@
 """LoSA's mixers, and the tokens of clips as they mix them."""
 
+from typing import NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,35 +12,63 @@ from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib.encoder import Encoded
 
 
-class Mixer(nn.Module):
-  """g of Eq. 4 along one axis: alpha * (GELU(x W_d + c_d) W_u + c_u).
+class Weights(NamedTuple):
+  """Of g(x) = alpha * (GELU(x W_d + c_d) W_u + c_u), Eq. 4, along an axis of size s; float32.
+
+  Attributes:
+    down: W_d [s r].
+    down_bias: c_d [r].
+    up: W_u [r s].
+    up_bias: c_u [s].
+    alpha: scalar.
+  """
+
+  down: Array
+  down_bias: Array
+  up: Array
+  up_bias: Array
+  alpha: Array
+
+
+class MixerWeights(nn.Module):
+  """Makes the weights of a mixer: its parameters.
 
   Attributes:
     rank: r.
-    axis: the axis of the input that is mixed; the others are carried along.
     alpha_init: alpha before training.
-    gelu: 'tanh' or 'erf'.
   """
 
   rank: int
-  axis: int
   alpha_init: float = 1.0
-  gelu: str = 'tanh'
 
   @nn.compact
-  def __call__(self, x: Float[Array, '...']) -> Float[Array, '...']:
-    size, dtype = x.shape[self.axis], x.dtype
-    down = self.param('down_kernel', nn.initializers.he_uniform(), (size, self.rank)).astype(dtype)
-    down_bias = self.param('down_bias', nn.initializers.zeros, (self.rank,)).astype(dtype)
-    up = self.param('up_kernel', nn.initializers.zeros, (self.rank, size)).astype(dtype)
-    up_bias = self.param('up_bias', nn.initializers.zeros, (size,)).astype(dtype)
-    alpha = self.param('alpha', nn.initializers.constant(self.alpha_init), ()).astype(dtype)
-    x = jnp.moveaxis(x, self.axis, -1)
-    hidden = GELU[self.gelu](x @ down + down_bias)
-    # alpha comes before the product: for its gradient r channels are kept, not as many as come out.
-    # The barrier keeps XLA from laying out the biases of all mixers before anything else runs.
-    hidden, up_bias = jax.lax.optimization_barrier((alpha * hidden, alpha * up_bias))
-    return jnp.moveaxis(hidden @ up + up_bias, -1, self.axis)
+  def __call__(self, size: int) -> Weights:
+    """Those of an axis of that size."""
+    return Weights(
+      self.param('down_kernel', nn.initializers.he_uniform(), (size, self.rank)),
+      self.param('down_bias', nn.initializers.zeros, (self.rank,)),
+      self.param('up_kernel', nn.initializers.zeros, (self.rank, size)),
+      self.param('up_bias', nn.initializers.zeros, (size,)),
+      self.param('alpha', nn.initializers.constant(self.alpha_init), ()),
+    )
+
+
+def mix(weights: Weights, x: Float[Array, '...'], axis: int, gelu: str) -> Float[Array, '...']:
+  """g(x) along one axis; the others are carried along.
+
+  Args:
+    weights: of that axis; cast to the dtype of x.
+    x: any axes.
+    axis: the one that is mixed.
+    gelu: 'tanh' or 'erf'.
+  """
+  w = Weights(*(leaf.astype(x.dtype) for leaf in weights))
+  x = jnp.moveaxis(x, axis, -1)
+  hidden = GELU[gelu](x @ w.down + w.down_bias)
+  # alpha comes before the product: for its gradient r channels are kept, not as many as come out.
+  # The barrier keeps XLA from laying out the biases of all mixers before anything else runs.
+  hidden, up_bias = jax.lax.optimization_barrier((w.alpha * hidden, w.alpha * w.up_bias))
+  return jnp.moveaxis(hidden @ w.up + up_bias, -1, axis)
 
 
 def by_time(x: Float[Array, 'b n d'], encoded: Encoded) -> Float[Array, 'b t m d']:

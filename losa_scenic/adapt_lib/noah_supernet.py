@@ -99,7 +99,7 @@ class Choice(nn.Module):
   depth: int
 
   @nn.compact
-  def __call__(self, run: Run, inputs: Num[Array, 'b *thw c'], *, train: bool) -> Array:
+  def __call__(self, run: Run, inputs: Num[Array, 'b *thw c'] | None, *, train: bool) -> Array:
     if train:
       widths = draw(self.make_rng('dropout'), self.depth)
     elif self.has_variable('architecture', 'widths'):

@@ -73,7 +73,7 @@ class Bypass(nn.Module):
 
   @nn.compact
   def __call__(
-    self, run: Run, inputs: Num[Array, 'b *thw c'], *, train: bool
+    self, run: Run, inputs: Num[Array, 'b *thw c'] | None, *, train: bool
   ) -> Float[Array, 'b ...']:
     encoded = run.encode(inputs, train=train)
     ctx = sites.Ctx(grid=encoded.grid, prefix=encoded.prefix, train=train)

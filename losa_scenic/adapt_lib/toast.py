@@ -114,7 +114,7 @@ class Steering(nn.Module):
 
   @nn.compact
   def __call__(
-    self, run: Run, inputs: Num[Array, 'b *thw c'], *, train: bool
+    self, run: Run, inputs: Num[Array, 'b *thw c'] | None, *, train: bool
   ) -> Float[Array, 'b ...']:
     tokens = run.normed(run.encode(inputs, train=train).tokens, train=train)
     fed_back = self._decode(self._select(jax.lax.stop_gradient(tokens)))

@@ -1,6 +1,5 @@
 """HST against NumPy: the meta tokens in the backbone, and the pyramid beside it."""
 
-import collections
 import itertools
 
 import jax
@@ -255,7 +254,7 @@ def test_training_keeps_activations_of_the_encoder_but_fewer_than_full_fine_tuni
   model, full = build(meta_tokens=1), Adapted(spec, methods.build('full', spec), 5)
   assert not model.method.spares_backbone and not model.method.first
   kept, most = (
-    collections.Counter(shape for shape, _ in cost.residuals(m, 8))[(8, n, spec.mlp)]
+    sum(sorted(shape) == sorted((8, n, spec.mlp)) for shape, _ in cost.residuals(m, 8))
     for m, n in ((model, spec.tokens + 1), (full, spec.tokens))
   )
   assert 0 < kept < most

@@ -68,6 +68,7 @@ def test_sums_do_not_lose_the_update_in_bfloat16(random_like):
   seen = []
   run = Run(
     encode=lambda inputs, train: given,
+    encode_twice=lambda inputs: given,
     normed=lambda tokens, train: seen.append(tokens) or tokens,
     pooled=lambda tokens, train: tokens[:, 0],
   )

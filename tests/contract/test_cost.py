@@ -71,7 +71,7 @@ def test_backpropagation_through_the_encoder_is_noticed_by_operations():
 
 def test_backpropagation_through_the_encoder_is_noticed_by_residuals():
   for check in (cost.check_residuals, cost.check_spares_backbone):
-    with pytest.raises(AssertionError, match=r'keeps activations.*\(8, 17, 64\)'):
+    with pytest.raises(AssertionError, match=r'keeps activations.*\((8, 17|17, 8), 64\)'):
       check(leaking(tiny()), BATCH)
 
 
@@ -105,7 +105,8 @@ def test_tuning_the_last_layers_keeps_nothing_of_those_below(k):
     return cost.residuals(Adapted(spec, method, 5), BATCH)
 
   assert kept(3) == kept(6)
-  hidden = [shape for shape, _ in kept(6) if shape == (BATCH, 17, 64)]
+  # On CPUs tokens stand first.
+  hidden = [shape for shape, _ in kept(6) if shape in ((BATCH, 17, 64), (17, BATCH, 64))]
   assert hidden and len(hidden) % k == 0
 
 
@@ -125,7 +126,8 @@ def test_memory_classes(name, want):
 
 def test_full_fine_tuning_keeps_the_activations_of_every_block():
   kept = collections.Counter(cost.residuals(tiny('full'), BATCH))
-  assert kept[((BATCH, 17, 64), 'float32')] >= 3, 'the hidden activations of the three MLPs'
+  hidden = kept[((17, BATCH, 64), 'float32')] + kept[((BATCH, 17, 64), 'float32')]
+  assert hidden >= 3, 'the hidden activations of the three MLPs'
 
 
 def test_flops_of_a_matrix_product():
