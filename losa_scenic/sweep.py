@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from losa_scenic import app
-from losa_scenic.bench_lib import hyper, results
+from losa_scenic.bench_lib import hyper, results, sweep_population
 from losa_scenic.bench_lib import sweep as engine
 from losa_scenic.common_lib import errors
 from losa_scenic.train_lib import run_config
@@ -24,7 +24,9 @@ Trains every run that get_hyper(hyper) of a config file describes, each in a pro
 NAME is made of the run's overrides. Runs that are finished (summary.json) are skipped and the
 others resume, so the same command continues a sweep that was stopped. DIR/results.jsonl gets a row
 for each finished run, for `python -m losa_scenic.bench_lib.tables`; DIR/NAME/run.log holds what a
-run printed. Exit code: 0 all finished, 1 some failed, 2 wrong usage, 128 + signal when stopped.
+run printed. With --population, runs that differ only in what comes after the frozen backbone (see
+docs/population.md) are one process, and DIR/results.jsonl has the same rows. Exit code: 0 all
+finished, 1 some failed, 2 wrong usage, 128 + signal when stopped.
 """
 _EXAMPLES = """\
 overrides for every run:
@@ -40,6 +42,7 @@ environment:
 examples:
   python -m losa_scenic.sweep --config=FILE.py --workdir=DIR --dry-run
   python -m losa_scenic.sweep --config=FILE.py:ARG --workdir=DIR --slots=4 --devices=0,1
+  python -m losa_scenic.sweep --config=FILE.py --workdir=DIR --population
 """
 
 
@@ -48,6 +51,7 @@ def plan(
   workdir: str | os.PathLike[str],
   overrides: Mapping[str, object] | None = None,
   main_module: str = MAIN_MODULE,
+  population: bool = False,
 ) -> tuple[list[engine.Run], int]:
   """Works out the runs of a sweep; starts and writes nothing.
 
@@ -56,6 +60,7 @@ def plan(
     workdir: sweep directory on a local disk.
     overrides: flags by key for every run.
     main_module: module that trains, run as `python -m`.
+    population: train what can share a pass of the backbone in one run, see `sweep_population`.
 
   Returns:
     The runs in order, and the number of repetitions left out.
@@ -87,7 +92,7 @@ def plan(
     command = [sys.executable, '-m', main_module, f'--config={config}', f'--workdir={root / name}']
     command += [hyper.flag(key, value) for key, value in merged.items()]
     runs.append(engine.Run(name, root / name, merged, command))
-  return runs, repeated
+  return sweep_population.grouped(runs, common, root) if population else runs, repeated
 
 
 def slot_environments(slots: int, devices: Sequence[str] = ()) -> list[dict[str, str]]:
@@ -176,6 +181,7 @@ def run_sweep(
   main_module: str = MAIN_MODULE,
   grace_seconds: float = 20.0,
   split_cores: bool = False,
+  population: bool = False,
 ) -> int:
   """Runs what is unfinished of a sweep and gathers the results; call it again to continue.
 
@@ -189,6 +195,7 @@ def run_sweep(
     main_module: see `plan`.
     grace_seconds: how long runs may take to end when the sweep is stopped.
     split_cores: bind each slot to its own share of the processor cores.
+    population: see `plan`.
 
   Returns:
     Exit code: 0 if every run is finished, 1 if any failed, 128 + signal number if stopped.
@@ -201,7 +208,7 @@ def run_sweep(
   if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
     cache = str(pathlib.Path(workdir).expanduser().absolute() / '.jax_cache')
     environments = [{**one, 'JAX_COMPILATION_CACHE_DIR': cache} for one in environments]
-  runs, repeated = plan(config, workdir, overrides, main_module)
+  runs, repeated = plan(config, workdir, overrides, main_module, population)
   root = pathlib.Path(workdir).expanduser().absolute()
   root.mkdir(parents=True, exist_ok=True)
   targets = [root / 'results.jsonl']
@@ -271,6 +278,7 @@ def main(arguments: Sequence[str] | None = None, main_module: str = MAIN_MODULE)
   parser.add_argument('--devices', metavar='ID,ID', help='GPUs to share out between the slots')
   parser.add_argument('--split-cores', action='store_true', help='bind each slot to its own cores')
   parser.add_argument('--save-results', metavar='FILE', help='copy results.jsonl to FILE as well')
+  parser.add_argument('--population', action='store_true', help='one run where a pass is shared')
   parser.add_argument('--dry-run', action='store_true', help='print the commands, start nothing')
   try:
     overrides, rest = split_overrides(sys.argv[1:] if arguments is None else arguments)
@@ -278,7 +286,8 @@ def main(arguments: Sequence[str] | None = None, main_module: str = MAIN_MODULE)
     devices = given.devices.split(',') if given.devices is not None else ()
     if given.dry_run:
       slot_environments(given.slots, devices)
-      print(dry_run(plan(given.config, given.workdir, overrides, main_module)[0]))
+      runs, _ = plan(given.config, given.workdir, overrides, main_module, given.population)
+      print(dry_run(runs))
       return 0
     return run_sweep(
       given.config,
@@ -288,6 +297,7 @@ def main(arguments: Sequence[str] | None = None, main_module: str = MAIN_MODULE)
       devices=devices,
       save_results=given.save_results,
       split_cores=given.split_cores,
+      population=given.population,
       main_module=main_module,
     )
   except (errors.UserError, OSError) as error:

@@ -41,12 +41,14 @@ class Run:
     directory: absolute path; the training's workdir.
     overrides: flag values by key, the shared ones included.
     command: argument list of the subprocess.
+    members: where the run is a population, the runs that it stands for, in folders of its own.
   """
 
   name: str
   directory: pathlib.Path
   overrides: dict[str, Any]
   command: list[str]
+  members: tuple['Run', ...] = ()
 
 
 def execute(
@@ -127,8 +129,9 @@ class _Pool:
     self._runs, self._environments, self._targets = runs, environments, targets
     self._grace_seconds, self._cores = grace_seconds, cores
     self._children: list[_Child] = []
-    self._rows: dict[str, results.Row] = {}
+    self._rows: dict[str, list[results.Row]] = {}
     self._failures: dict[str, str] = {}
+    self._diverged: dict[str, str] = {}  # Members, of populations that are finished.
     for run in runs:
       self._collect(run)
     self._skipped, self._begun = len(self._rows), time.monotonic()
@@ -175,15 +178,17 @@ class _Pool:
     Returns:
       The exit code, see `execute`.
     """
-    for name, text in self._failures.items():
+    for name, text in (self._failures | self._diverged).items():
       print(f'\nfailed: {name}: {text}', file=sys.stderr)
     counts = f'{len(self._rows)} of {len(self._runs)} runs finished, {len(self._failures)} failed'
+    if self._diverged:
+      counts += f', {len(self._diverged)} members diverged'
     print(f'{counts}; results in {self._targets[0]}')
     if signals:
       name = signal.Signals(signals[0]).name
       print(f'Stopped by {name}: the same command continues the sweep.', file=sys.stderr)
       return 128 + signals[0]
-    return 1 if self._failures else 0
+    return 1 if self._failures or self._diverged else 0
 
   def _start(self, run: Run, slot: int) -> None:
     results.write_object(run.directory / 'overrides.json', run.overrides)
@@ -238,12 +243,19 @@ class _Pool:
 
   def _collect(self, run: Run) -> bool:
     summary = results.read_summary(run.directory, run.overrides)
-    if summary is not None:
-      self._rows[run.name] = {'run': run.name, **run.overrides, **summary}
-    return summary is not None
+    if summary is None:
+      return False
+    found = {one.name: results.read_summary(one.directory, one.overrides) for one in run.members}
+    for name in [name for name, own in found.items() if own is None]:
+      self._diverged[name] = f'diverged as a member of {run.name}; see its run.log'
+    alone = [(run, summary)] if not run.members else [(o, found[o.name]) for o in run.members]
+    self._rows[run.name] = [
+      {'run': one.name, **one.overrides, **own} for one, own in alone if own is not None
+    ]
+    return True
 
   def _write(self) -> None:
-    rows = [self._rows[run.name] for run in self._runs if run.name in self._rows]
+    rows = [row for run in self._runs for row in self._rows.get(run.name, ())]
     for target in self._targets:
       results.write_rows(target, rows)
 

@@ -4,7 +4,7 @@ import multiprocessing
 import re
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -34,6 +34,9 @@ class Batches:
   Attributes:
     pipeline: the Grain data set.
     loader: what makes them.
+    positions: number of a batch -> (positions of its images [k], how often the split was gone
+      through before each of them [k]), int64.
+    size: slots of a batch of this host; those after the k images are masked.
     bad_files: where images that could not be read are listed.
     workers: number of processes that `iterate` loads with; 0 for threads.
   """
@@ -42,12 +45,15 @@ class Batches:
     self,
     pipeline: grain.MapDataset,
     loader: Loader,
+    positions: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    size: int,
     bad_files: BadFiles,
     workers: int = 0,
     batch_bytes: int = 1,
   ) -> None:
     """Keeps them; `batch_bytes` is the size of a batch of this host."""
     self.pipeline, self.loader = pipeline, loader
+    self.positions, self.size = positions, size
     self.bad_files, self.workers = bad_files, workers
     self._many = _WAITING_BYTES // batch_bytes
 
@@ -115,6 +121,10 @@ class Batches:
     """
     return [self._name(int(index)) if index >= 0 else '' for index in indices]
 
+  def pictures(self, batch: types.Batch, slots: np.ndarray) -> np.ndarray:
+    """The inputs [k ...] in some slots [k] of a batch, for people to look at."""
+    return batch['inputs'][slots]
+
   def _name(self, index: int) -> str:
     name = sources.name(self.loader.source, index)
     if name is not None:
@@ -164,7 +174,7 @@ def _loader(source: sources.Source, pipeline: Pipeline, split: str, workers: int
     pipeline.view,
     sampling=pipeline.sampling,
     augment=pipeline.augment if split == 'train' else None,
-    seed=pipeline.shuffle_seed,
+    seed=0 if pipeline.views else pipeline.shuffle_seed,
     split=split,
     max_bad_fraction=pipeline.max_bad_fraction,
     cache_bytes=_cache_bytes(pipeline, split, workers),
@@ -182,6 +192,8 @@ def _cache_bytes(pipeline: Pipeline, split: str, workers: int) -> int:
 def train_batches(source: sources.Source, pipeline: Pipeline, bad_files: BadFiles) -> Batches:
   """Training batches without end: one fresh permutation of the images per epoch, across batches.
 
+  With `Pipeline.views` the random numbers of an image depend on its position and the view alone.
+
   Args:
     source: at least one image.
     pipeline: what becomes of them.
@@ -194,14 +206,26 @@ def train_batches(source: sources.Source, pipeline: Pipeline, bad_files: BadFile
   count, size = len(source), pipeline.batch_size // pipeline.hosts
   mine = slice(pipeline.host * size, (pipeline.host + 1) * size)
 
-  def batch(positions: np.ndarray) -> types.Batch:
-    number, index = positions[mine].T
-    return _converted(loader.batch(index, number // count), pipeline.dtype_str)
+  def of_host(numbered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    number, index = numbered[mine].T
+    epochs = number // count
+    return index, epochs % pipeline.views if pipeline.views else epochs
+
+  def batch(numbered: np.ndarray) -> types.Batch:
+    return _converted(loader.batch(*of_host(numbered)), pipeline.dtype_str)
 
   order = grain.MapDataset.range(count).seed(pipeline.shuffle_seed).shuffle().repeat(None)
   numbered = order.map_with_index(lambda number, index: (number, index))
-  made = numbered.batch(pipeline.batch_size, batch_fn=np.asarray).map(batch)
-  return Batches(made, loader, bad_files, pipeline.workers, pipeline.batch_bytes('train'))
+  batched = numbered.batch(pipeline.batch_size, batch_fn=np.asarray)
+  return Batches(
+    batched.map(batch),
+    loader,
+    lambda number: of_host(np.asarray(batched[number])),
+    size,
+    bad_files,
+    pipeline.workers,
+    pipeline.batch_bytes('train'),
+  )
 
 
 def eval_batches(
@@ -221,14 +245,16 @@ def eval_batches(
   loader = _loader(source, pipeline, split, workers=0)
   count, size = len(source), pipeline.eval_batch_size // pipeline.hosts
 
-  def batch(number: int) -> types.Batch:
+  def positions(number: int) -> tuple[np.ndarray, np.ndarray]:
     start = number * pipeline.eval_batch_size + pipeline.host * size
     indices = np.arange(start, max(start, min(start + size, count)))
-    loaded = loader.batch(indices, np.zeros(len(indices), int), size)
-    return _converted(loaded, pipeline.dtype_str)
+    return indices, np.zeros(len(indices), int)
+
+  def batch(number: int) -> types.Batch:
+    return _converted(loader.batch(*positions(number), size), pipeline.dtype_str)
 
   made = grain.MapDataset.range(-(-count // pipeline.eval_batch_size)).map(batch)
-  return Batches(made, loader, bad_files, batch_bytes=pipeline.batch_bytes(split))
+  return Batches(made, loader, positions, size, bad_files, batch_bytes=pipeline.batch_bytes(split))
 
 
 def _converted(batch: dict[str, Any], dtype_str: str) -> dict[str, Any]:

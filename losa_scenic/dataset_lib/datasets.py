@@ -117,6 +117,7 @@ def build_dataset(
   dataset_configs: Mapping[str, Any] | None = None,
   augment: Mapping[str, Any] | None = None,
   workers: int = 0,
+  views: int | None = None,
   host: int = 0,
   hosts: int = 1,
 ) -> dataset_utils.Dataset:
@@ -142,6 +143,7 @@ def build_dataset(
       `run_config.resolve`). All others are options of the set's own function.
     augment: fields of `augment.Augment`.
     workers: number of loader processes; 0 for threads.
+    views: see `Pipeline`.
     host: number of this host.
     hosts: number of hosts.
 
@@ -166,6 +168,7 @@ def build_dataset(
     shuffle_seed=shuffle_seed,
     augment=augment,
     workers=workers,
+    views=views,
     host=host,
     hosts=hosts,
   )
@@ -185,6 +188,7 @@ def make_pipeline(
   shuffle_seed: int = 0,
   augment: Mapping[str, Any] | None = None,
   workers: int = 0,
+  views: int | None = None,
   host: int = 0,
   hosts: int = 1,
 ) -> Pipeline:
@@ -221,6 +225,7 @@ def make_pipeline(
     sampling=_sampling(frames, common),
     augment=config_lib.build(Augment, block=augment, what='augment'),
     workers=workers,
+    views=views,
     host=host,
     hosts=hosts,
     **{k: common[k] for k in ('metric', 'max_bad_fraction', 'cache_gigabytes') if k in common},
@@ -320,6 +325,7 @@ def of_run(config: Config, spec: BackboneSpec) -> dataset_utils.Dataset:
     dataset_configs=config.dataset_configs,
     augment=config.augment,
     workers=config.num_workers,
+    views=config.feature_cache.views,
     host=jax.process_index(),
     hosts=jax.process_count(),
   )

@@ -29,6 +29,8 @@ class Pipeline:
     cache_gigabytes: a split whose decoded images fit into this much memory is decoded once.
     workers: number of loader processes for training; 0 for threads alone. Images are then not kept:
       each process would keep its own.
+    views: of what is drawn at random so many draws, the same for every seed, one an epoch in turn;
+      None for a fresh one in every epoch.
     host: number of this host.
     hosts: number of hosts.
   """
@@ -44,6 +46,7 @@ class Pipeline:
   max_bad_fraction: float = 0.01
   cache_gigabytes: float = 4.0
   workers: int = 0
+  views: int | None = None
   host: int = 0
   hosts: int = 1
 
@@ -55,6 +58,8 @@ class Pipeline:
     errors.check_at_least('eval_batch_size', self.eval_batch_size, 1)
     errors.check_at_least('shuffle_seed', self.shuffle_seed, 0)
     errors.check_at_least('workers', self.workers, 0)
+    if self.views is not None:
+      errors.check_at_least('views', self.views, 1)
     errors.check_at_least('image_size', self.view.image_size, 1)
     if not 0 <= self.max_bad_fraction < 1:
       raise errors.UserError(f'max_bad_fraction must be in [0, 1), not {self.max_bad_fraction}.')

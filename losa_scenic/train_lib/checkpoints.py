@@ -37,13 +37,20 @@ class Checkpoints:
     identity: {'backbone': ..., 'method': ...}: what a checkpoint must agree with to be restored.
   """
 
-  def __init__(self, workdir: pathlib.Path, identity: dict[str, Any], keep: int = 2):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    identity: dict[str, Any],
+    keep: int = 2,
+    restored: int | None = None,
+  ):
     """Opens (and creates) `<workdir>/checkpoints`, and removes what a killed run left half done.
 
     Args:
       workdir: the run's directory, which the caller has locked.
       identity: what JSON can hold, by key.
       keep: how many last checkpoints stay, at least 1.
+      restored: the step that the run goes on from, if its last checkpoints are elsewhere.
 
     Raises:
       errors.UserError: if the directory cannot be written.
@@ -56,16 +63,18 @@ class Checkpoints:
     self._known_best: tuple[int, float] | None = None
     self._best_is_known = False
     self._writer = background.Background('checkpoints', _WAITING)
-    hosts.on_first(self._open)
+    hosts.on_first(lambda: self._open(restored))
 
-  def _open(self) -> None:
+  def _open(self, restored: int | None) -> None:
     with _system_errors(f'Cannot write to {self._place}'):
       for directory in (self._last, self._best):
         directory.mkdir(parents=True, exist_ok=True)
         files.clean(directory)
       files.sync(self._place)
       self._saved = set(files.steps(self._last))
-      if not self._saved and not files.damaged(self._last):
+      if restored is not None:
+        self._find_best(restored)
+      elif not self._saved and not files.damaged(self._last):
         self._find_best(-1)  # The run starts over.
 
   def latest_step(self) -> int | None:

@@ -2,7 +2,7 @@
 
 import collections
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -73,6 +73,23 @@ def evaluate(
     split: 'valid' or 'test'.
     watch: follows the batches.
   """
+  return found(program, dataset, split, *measure(program, state, dataset, split, watch))
+
+
+def measure(
+  program: Program,
+  state: TrainState,
+  dataset: dataset_utils.Dataset,
+  split: str,
+  watch: Watch | None = None,
+) -> tuple[dict[str, tuple[Any, Any]], tuple[Batch, Any] | None]:
+  """What the eval step says of a split; the arguments are those of `evaluate`.
+
+  Returns:
+    Sums and normalizers by name, and the first batch with something in it with the predictions of
+    the step, as it returns them; None if there is no such batch, and on all processes but the
+    first.
+  """
   batches = getattr(dataset, f'{split}_ds')
   flying: collections.deque[Any] = collections.deque()
   total, shown = {}, None
@@ -99,25 +116,43 @@ def evaluate(
     flying.append(part)
     if shown is None and hosts.is_first() and batch['batch_mask'].any():
       # Predictions are those of all processes, those for the batch of the first one come first.
-      shown = (batch, np.asarray(jax.device_get(predictions)))
+      shown = (batch, jax.device_get(predictions))
     land(_IN_FLIGHT)
   land(0)
   if watch is not None:
     watch.each(len(batches), len(batches))
+  return total, shown
+
+
+def found(
+  program: Program,
+  dataset: dataset_utils.Dataset,
+  split: str,
+  total: Mapping[str, tuple[Any, Any]],
+  shown: tuple[Batch, np.ndarray] | None,
+) -> Evaluation:
+  """The evaluation that `measure` has measured, of one model."""
   values = metrics.normalize(total)
   if 'per_class_accuracy' in values:
     values['overall_accuracy'] = values['accuracy']
     values['accuracy'] = values.pop('per_class_accuracy')
   values = {f'{split}_{name}': value for name, value in values.items()}
-  return Evaluation(values, split, None if shown is None else _picture(program, dataset, *shown))
+  batches = getattr(dataset, f'{split}_ds')
+  return Evaluation(
+    values, split, None if shown is None else _picture(program, dataset, batches, *shown)
+  )
 
 
 def _picture(
-  program: Program, dataset: dataset_utils.Dataset, batch: Batch, predictions: np.ndarray
+  program: Program,
+  dataset: dataset_utils.Dataset,
+  batches: Any,
+  batch: Batch,
+  predictions: np.ndarray,
 ) -> np.ndarray:
   real = np.flatnonzero(batch['batch_mask'])[:_SHOWN]  # Unreadable images are masked too.
   return prediction_grid(
-    pictures(batch['inputs'][real], len(program.model.backbone.spec.input_shape)),
+    pictures(batches.pictures(batch, real), len(program.model.backbone.spec.input_shape)),
     batch['label'][real],
     predictions[real],
     dataset.meta_data['class_names'],

@@ -11,6 +11,7 @@ def pieces(
   values: Mapping[str, float],
   unit: str = 'images',
   memory_gb: float | None = None,
+  of: str = '',
 ) -> list[Piece]:
   """The pieces of a line, of what is known.
 
@@ -19,10 +20,13 @@ def pieces(
     values: those of `Progress.measurements`.
     unit: what is counted.
     memory_gb: held by the fullest device, or by the process.
+    of: whose loss it is, if there are several.
   """
   found: list[Piece] = []
   if loss is not None:
     found.append((0, f'  loss {loss:.4f}'))
+    if of:
+      found.append((5, f' of {of}'))
   if 'img/sec' in values:
     found.append((0, f'  {number(values["img/sec"])} {unit}/s'))
     if values['img/sec/device'] != values['img/sec']:

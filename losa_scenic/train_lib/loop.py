@@ -155,11 +155,15 @@ class Loop:
       with self._around.bar.device():
         values = jax.device_get(one.metrics)
       self._around.requests.hear(values.pop(stopping.ASKED, (stopping.NOTHING,))[0])
-      in_a_row = int(values.pop('bad_steps')[0])
-      if in_a_row:
-        self._drop(one, values, in_a_row)
-      else:
-        self._tally.add(values)
+      self._take(one, values)
+
+  def _take(self, one: _Step, values: dict[str, Any]) -> None:
+    """Counts what a step has measured."""
+    in_a_row = int(values.pop('bad_steps')[0])
+    if in_a_row:
+      self._drop(one, values, in_a_row)
+    else:
+      self._tally.add(values)
 
   def _drop(self, one: _Step, values: Mapping[str, Any], in_a_row: int) -> None:
     """Notes a step whose numbers were not finite; ends the run after too many of them."""
@@ -252,29 +256,43 @@ class Loop:
     around.bar.pause()
     for split in self._splits(step):
       try:
-        done[split] = evaluate.evaluate(
-          self._program, self.state, self._dataset, split, self._watched(split)
-        )
+        done[split] = self._measured(split)
       except stopping.Interrupted:
         self._stop(step, evaluated=False)
     # Nothing is written before all is known: an evaluation that was cut short leaves no trace.
     for found in done.values():
-      found.write(step, around.writer)
-      self.eval_summary |= found.values
+      self._write(step, found)
     self._dataset.train_ds.bad_files.share(hosts.gather)
     if 'valid' in done:
-      accuracy = self.eval_summary['valid_accuracy']
-      around.bar.say(f'step {step}/{self._total}  valid accuracy {accuracy:.4f}')
-      if self._config.checkpoint:
-        around.saver.save_best(self.state, accuracy)
+      self._compare(step)
+
+  def _measured(self, split: str) -> Any:
+    """What an evaluation finds."""
+    return evaluate.evaluate(self._program, self.state, self._dataset, split, self._watched(split))
+
+  def _write(self, step: int, found: Any) -> None:
+    """Writes and keeps what `_measured` found."""
+    found.write(step, self._around.writer)
+    self.eval_summary |= found.values
+
+  def _compare(self, step: int) -> None:
+    """Says how good the state is, and saves it if it is the best."""
+    accuracy = self.eval_summary['valid_accuracy']
+    self._around.bar.say(f'step {step}/{self._total}  valid accuracy {accuracy:.4f}')
+    if self._config.checkpoint:
+      self._around.saver.save_best(self.state, accuracy)
 
   def _save(self, step: int, evaluated: bool = True) -> None:
     """Saves the state as it is after a step; what it stands for is on disk before it."""
     around = self._around
     around.watchdog.doing(f'saving step {step}')
     around.writer.flush()
-    around.saver.save(self.state, {'tally': self._tally.saved(), 'evaluated': evaluated})
+    around.saver.save(self.state, self._notes() | {'evaluated': evaluated})
     around.requests.saved()
+
+  def _notes(self) -> dict[str, Any]:
+    """What a checkpoint holds beside the state."""
+    return {'tally': self._tally.saved()}
 
   def _stop(self, step: int, evaluated: bool) -> NoReturn:
     """Saves and ends, because somebody asked for it; `evaluated`: nothing of `step` is left out."""

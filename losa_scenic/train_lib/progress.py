@@ -75,6 +75,7 @@ class Progress:
     self._unit = unit
     self._total, self._batch_size, self._every = total, batch_size, seconds_between_lines
     self._loss: float | None = None
+    self._of = ''
     self._clock = step_times.Clock()
     self._at_interval = self._at_line = step_times.Times()
     self._last_line = self._last_redraw = time.monotonic()
@@ -139,9 +140,9 @@ class Progress:
       self._last_redraw = time.monotonic()
       self._bar.set_postfix_str(text)
 
-  def loss(self, value: float) -> None:
-    """The latest loss that was logged."""
-    self._loss = value
+  def loss(self, value: float, of: str = '') -> None:
+    """The latest loss that was logged; `of` whom, if there are several."""
+    self._loss, self._of = value, of
     times = self._clock.times()
     self._write_postfix(times - self._at_line)
     if self._bar is not None and times.seconds - self._at_line.seconds >= self._every:
@@ -221,7 +222,8 @@ class Progress:
     """What is known of some steps (of all, if none of those was timed), as long as it may be."""
     values = self.measurements(times) or self.measurements()
     held = memory.peak_device_gb() or memory.host_gb()
-    return heartbeat.fit(heartbeat.pieces(self._loss, values, self._unit, held), columns)
+    pieces = heartbeat.pieces(self._loss, values, self._unit, held, self._of)
+    return heartbeat.fit(pieces, columns)
 
   def _write_postfix(self, times: step_times.Times) -> None:
     if self._bar is not None:

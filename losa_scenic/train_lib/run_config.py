@@ -19,7 +19,7 @@ from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import datasets
 from losa_scenic.dataset_lib.augment import Augment
 from losa_scenic.model_lib import spec
-from losa_scenic.train_lib import lr_schedules, optimizers
+from losa_scenic.train_lib import feature_config, lr_schedules, members, optimizers
 
 
 def _options(**types: type) -> Config:
@@ -61,8 +61,22 @@ def default_config() -> Config:
   )
   c.model_dtype_str = 'float32'  # compute: float32, bfloat16, float16
   c.frozen_dtype_str = 'float32'  # storage of the frozen weights
+  # Of the linear layers of the encoder's blocks, which must be frozen: int8, w8a8, float8 or int4.
+  c.backbone_quantisation = config_dict.placeholder(str)
+  # 'host': the encoder's frozen layers stay in the host's memory, and each visits the device when
+  # its turn comes (see `streaming`); for methods that only run the encoder forward.
+  c.frozen_memory = 'device'
+  # With 'host': parts of the batch that pass a layer one after the other, in each of its visits.
+  c.stream_microbatches = 1
   c.layer_loop = 'auto'  # 'scan' or 'unroll' the encoder's layers
   c.remat = False  # recompute layers in the backward pass
+
+  # Several methods, ranks, learning rates, seeds ... at once, over one pass of the backbone, e.g.
+  # 'method_configs.losa.rank=4|8 rng_seed=0|1': see `members`. None: the run is one.
+  c.population = config_dict.placeholder(object)
+
+  # What a frozen encoder makes of an image is computed once: see `feature_cache`.
+  c.feature_cache = feature_config.default()
 
   # Devices: a batch is split over both axes; the frozen weights of layers over 'fsdp', each device
   # gathering a layer when it comes to it. -1: all that are left.
@@ -123,12 +137,14 @@ MAY_CHANGE = (
   'checkpoint_steps',
   'eval_batch_size',
   'export_backbone',
+  'frozen_memory',
   'hang_limit_seconds',
   'max_bad_steps',
   'max_checkpoint_keep',
   'mesh',
   'num_workers',
   'profile_steps',
+  'stream_microbatches',
   'watchdog_seconds',
 )
 
@@ -178,50 +194,111 @@ def check(config: Config) -> None:
     _at_least('shuffle_seed', config.shuffle_seed, 0)
   _at_least('rng_seed', config.rng_seed, 0)
   Augment(**config.augment)
+  feature_config.check(config)
+  if config.export_backbone and config.frozen_memory == 'host':
+    raise errors.UserError(
+      "export_backbone needs the backbone whole, and with frozen_memory 'host' it is packed: leave "
+      "one of the two out. The finished run may be continued with frozen_memory 'device'."
+    )
+  _check_population(config, schema)
   if not 0 <= config.label_smoothing < 1:
     raise errors.UserError(f'label_smoothing must be in [0, 1): {config.label_smoothing}.')
 
 
+def _check_population(config: Config, schema: Config) -> None:
+  """Raises `UserError` for members that no run can have, and for what they cannot share."""
+  if members.parse(config.population, schema) is None:
+    return
+  if config.grad_accum_steps > 1:
+    raise errors.UserError(
+      'grad_accum_steps: the members of a population share a pass over the whole batch, which is '
+      'not computed in parts. Use a smaller batch_size, or leave population out.'
+    )
+  if config.export_backbone:
+    raise errors.UserError('export_backbone is not for a population: leave one of the two out.')
+
+
 def check_overrides(config: Config, overrides: dict[str, Any]) -> None:
   """Raises `UserError` for command-line options of a method that is not the chosen one."""
+  mine = _methods(config)
+  chosen = config.method if config.population is None else ', '.join(mine)
   for key in overrides:
     block, _, rest = key.partition('.')
     other = rest.split('.')[0]
-    mine = methods.parts(config.method)
     if block in ('method_configs', 'method_learning_rates') and other not in mine:
       raise errors.UserError(
         f"--config.{key} would have no effect: it is for method '{other}', and the method is "
-        f"'{config.method}'."
+        f"'{chosen}'."
       )
+
+
+def _methods(config: Config) -> tuple[str, ...]:
+  """The methods that a run trains: of a population those of its members."""
+  own = methods.parts(config.method)
+  found = members.parse(config.population, default_config())
+  if found is None:
+    return own
+  named = [methods.parts(m['method']) if 'method' in m else own for m in found]
+  return tuple(dict.fromkeys(name for names in named for name in names))
+
+
+def of_members(config: Config) -> dict[str, Config]:
+  """The resolved config of each member of a population, as if it were trained alone, by name.
+
+  Raises:
+    errors.UserError: as `resolve`, naming the member.
+  """
+  population = members.parse(config.population, default_config()) or []
+  found = {}
+  for name, overrides in zip(members.names(population), population, strict=True):
+    try:
+      found[name] = resolve(ml_collections.ConfigDict(members.apply(config.to_dict(), overrides)))
+      check_overrides(found[name], overrides)
+    except errors.UserError as e:
+      raise errors.UserError(f'population, member {name}: {e}') from None
+  return found
 
 
 def resolve(config: Config) -> Config:
   """A copy with the learning rate, seeds and batch sizes filled in.
 
+  Of a population the learning rates are filled in by `of_members`.
+
   Raises:
     errors.UserError: as `check`, or if no learning rate is given.
   """
   check(config)
-  config = ml_collections.ConfigDict(config.to_dict())
+  population = members.parse(config.population, default_config())
+  config = ml_collections.ConfigDict(config.to_dict() | {'population': population})
   if config.shuffle_seed is None:
     config.shuffle_seed = config.rng_seed
   if config.eval_batch_size is None:
     config.eval_batch_size = config.batch_size
-  names = methods.parts(config.method)
-  if config.lr_configs.get('base_learning_rate') is None:
-    rates = [config.method_learning_rates.get(name) for name in names]
-    # Of several methods the most cautious rate: what suits one may be too much for the other.
-    config.lr_configs.base_learning_rate = min((r for r in rates if r is not None), default=None)
-  if config.lr_configs.base_learning_rate is None:
-    raise errors.UserError(
-      f'Give lr_configs.base_learning_rate or method_learning_rates.{names[0]}.'
-    )
+  names = _methods(config)
+  if population is None:
+    config.lr_configs.base_learning_rate = _learning_rate(config, names)
   config.backbone_configs = config_lib.to_dict(config.backbone_configs)
   _apply_normalisation(config)
   # What belongs to other methods is not part of this run.
   config.method_configs = {name: config.method_configs.get(name) or {} for name in names}
-  config.method_learning_rates = {}
+  rates = {name: config.method_learning_rates.get(name) for name in names}
+  config.method_learning_rates = {} if population is None else rates
+  if population is not None:
+    of_members(config)
   return config.lock()
+
+
+def _learning_rate(config: Config, names: tuple[str, ...]) -> float:
+  """That of the config, or else of its methods."""
+  rates = [config.lr_configs.get('base_learning_rate')]
+  if rates == [None]:
+    rates = [config.method_learning_rates.get(name) for name in names]
+  given = [rate for rate in rates if rate is not None]
+  if not given:
+    raise errors.UserError(
+      f'Give lr_configs.base_learning_rate or method_learning_rates.{names[0]}.'
+    )
+  return min(given)  # Of several the most cautious: what suits one may be too much for the other.
 
 
 def _apply_normalisation(config: Config) -> None:

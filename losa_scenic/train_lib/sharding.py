@@ -2,7 +2,8 @@
 
   what                                             where
   batches                                          split over all devices, by their leading axis
-  frozen weights of the encoder's layers           split over 'fsdp', by the first axis it divides
+  frozen weights of the encoder's layers           split over 'fsdp', by the first axis it divides;
+                                                   if packed, in the host's memory, for each device
   other frozen weights, all that trains, its       a copy on every device
   optimizer's state, model state, rng, metrics
 
@@ -21,6 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Array, Batch, Params, PyTree
+from losa_scenic.model_lib import packing
 
 AXES = ('data', 'fsdp')
 _LAYER = re.compile(r'backbone/encoder/layers(_\d+)?/.*')
@@ -88,6 +90,8 @@ def frozen_shardings(shapes: Params, mesh: Mesh) -> dict[str, Any]:
     path: NamedSharding(mesh, _spec(path, leaf.shape, mesh.shape['fsdp']))
     for path, leaf in trees.flatten(shapes).items()
   }
+  for path in packing.hosted(shapes):
+    table[path] = replicated(mesh).with_memory_kind(packing.HOST)
   if mesh.shape['fsdp'] > 1 and all(where.is_fully_replicated for where in table.values()):
     frozen = any(_LAYER.fullmatch(path) for path in table)
     why = 'no axis of them can be divided so' if frozen else 'this method trains them all'
@@ -171,10 +175,13 @@ def fetch(tree: PyTree) -> PyTree:
   return jax.tree.map(whole, tree)
 
 
-def check_batch_size(name: str, size: int, mesh: Mesh, parts: int = 1) -> None:
-  """Raises `UserError` unless every device gets equally many examples, in each of `parts`."""
-  if size < 1 or size % (mesh.size * parts):
+def check_batch_size(
+  name: str, size: int, mesh: Mesh, parts: int = 1, microbatches: int = 1
+) -> None:
+  """Raises `UserError` unless every device gets equally many examples, in each of all parts."""
+  if size < 1 or size % (mesh.size * parts * microbatches):
     times = f' x {parts} grad_accum_steps' if parts > 1 else ''
+    times += f' x {microbatches} stream_microbatches' if microbatches > 1 else ''
     raise errors.UserError(
       f'{name} {size} must be a positive multiple of {mesh.size} devices{times}.'
     )

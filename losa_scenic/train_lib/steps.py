@@ -10,6 +10,7 @@ import optax
 from losa_scenic.adapt_lib.method import combine
 from losa_scenic.common_lib.types import Array, Batch, Metrics, Params
 from losa_scenic.model_lib.adapted import Adapted
+from losa_scenic.model_lib.encoder import Encoded
 from losa_scenic.train_lib.state import TrainState
 from losa_scenic.train_lib.stopping import ASKED
 
@@ -28,6 +29,7 @@ def train_step(
   tx: optax.GradientTransformation,
   accumulate: int = 1,
   max_bad_steps: int = 1,
+  encoded: Encoded | None = None,
 ) -> tuple[TrainState, dict[str, Any]]:
   """One step of training.
 
@@ -47,6 +49,7 @@ def train_step(
     accumulate: parts of the batch whose gradients are computed one after the other and added; a
       divisor of b. Memory is that of one part; the sum is that of the whole batch.
     max_bad_steps: at least 1.
+    encoded: what the encoder made of 'inputs', which is then not computed here (`accumulate` 1).
 
   Returns:
     The state after the step, and metrics: those of `metrics_fn`, 'loss' replaced by the minimised
@@ -56,7 +59,7 @@ def train_step(
   asked = {name: value.max() for name, value in batch.items() if name == ASKED}
   batch = {name: value for name, value in batch.items() if name != ASKED}
   batch = with_mixed_labels(batch, flax_model.num_classes)
-  gradient = _gradient_fn(state, frozen, flax_model, loss_fn, metrics_fn)
+  gradient = _gradient_fn(state, frozen, flax_model, loss_fn, metrics_fn, encoded)
   if accumulate == 1:
     loss, metrics, model_state, grads = gradient(batch, state.model_state, state.global_step)
   else:
@@ -85,12 +88,14 @@ def _gradient_fn(
   flax_model: Adapted,
   loss_fn: LossFn,
   metrics_fn: MetricsFn,
+  encoded: Encoded | None,
 ) -> Callable[..., tuple[Array, Metrics, Any, Params]]:
   """`fn(batch, model_state, stream)` -> loss, metrics, new model state and gradient.
 
   `stream` numbers the random stream that dropout draws from.
   """
   penalty = flax_model.method.penalty
+  already: dict[str, Any] = {} if encoded is None else {'encoded': encoded}
 
   def gradient(batch: Batch, model_state: Any, stream: Array) -> tuple[Array, Metrics, Any, Params]:
     rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), stream)
@@ -98,8 +103,9 @@ def _gradient_fn(
     def loss_and_logits(trainable: Params) -> tuple[Array, tuple[Array, Any]]:
       logits, new_state = flax_model.apply(
         {'params': combine(trainable, frozen), **model_state},
-        batch['inputs'],
+        batch['inputs'] if encoded is None else None,
         train=True,
+        **already,
         rngs={'dropout': rng},
         mutable=list(model_state),
       )
@@ -182,16 +188,25 @@ def eval_step(
     logits: Any = flax_model.apply(variables, inputs, train=False)
     return logits
 
-  inputs = batch['inputs']
-  if inputs.ndim == len(flax_model.spec.input_shape) + 2:
-
-    def view(i: Array) -> Array:
-      return apply(jax.lax.dynamic_index_in_dim(inputs, i, axis=1, keepdims=False))
-
-    logits = jax.lax.map(view, jnp.arange(inputs.shape[1])).mean(0)
-  else:
-    logits = apply(inputs)
+  logits = over_views(apply, batch['inputs'], len(flax_model.spec.input_shape))
   metrics = dict(metrics_fn(logits, batch))
   if ASKED in batch:
     metrics[ASKED] = (batch[ASKED].max(), jnp.ones((), jnp.float32))
   return metrics, logits.argmax(-1)
+
+
+def over_views(apply: Callable[[Array], Any], inputs: Array, dimensions: int) -> Any:
+  """`apply(inputs)`, or its mean over the views of each input, run one after the other.
+
+  Args:
+    apply: [b *thw c] -> arrays [b ...].
+    inputs: [b *thw c], or with views [b v *thw c], or rows of a feature cache [b items].
+    dimensions: of one input of the model.
+  """
+  if inputs.ndim < dimensions + 2:
+    return apply(inputs)
+
+  def view(i: Array) -> Any:
+    return apply(jax.lax.dynamic_index_in_dim(inputs, i, axis=1, keepdims=False))
+
+  return jax.tree.map(lambda x: x.mean(0), jax.lax.map(view, jnp.arange(inputs.shape[1])))

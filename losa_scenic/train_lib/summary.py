@@ -90,6 +90,7 @@ def content(
     'method': config.method,
     'backbone': config.backbone,
     'backbone_sha256': model.backbone.sha256,
+    'backbone_quantisation': config.backbone_quantisation,
     'preprocessing': {
       'image_size': spec.image_size,
       'interpolation': meta_data.get('interpolation', ''),

@@ -19,6 +19,7 @@ from losa_scenic.train_lib import (
   checkpoints,
   device_speed,
   evaluate,
+  feature_cache,
   profile,
   progress,
   run_config,
@@ -86,11 +87,16 @@ def train(
     )
   if not hosts.is_first():
     writer = writers.MultiWriter()
+  kind = Run
+  if config.population is not None:
+    from losa_scenic.train_lib import population_run  # It rests on this module.
+
+    kind = population_run.PopulationRun
   with workdir_lib.locked(workdir), contextlib.closing(writer):
-    return _Run(config, dataset, workdir, writer).run(rng, model_cls)
+    return kind(config, dataset, workdir, writer).run(rng, model_cls)
 
 
-class _Run:
+class Run:
   """What a run is made of, put together and taken apart again."""
 
   def __init__(
@@ -104,6 +110,7 @@ class _Run:
     self._dataset, self._workdir, self._writer = dataset, workdir, writer
     self._data = {key: dataset.meta_data[key] for key in _DATA_IDENTITY}
     self._loop: Loop | None = None
+    self._features: feature_cache.Cache | None = None
 
   def run(
     self, rng: Array, model_cls: type[ClassificationModel]
@@ -119,10 +126,11 @@ class _Run:
         **{f'version of {key}': value for key, value in versions.items()},
       }
     )
-    program, state = build_program(
-      rng=rng, config=config, model_cls=model_cls, dataset=self._dataset
-    )
-    identity = program.model.identity() | {'data': self._data}
+    program, state = self._built(rng, model_cls)
+    if program.layout is not None:
+      self._features = feature_cache.open_cache(config, program, self._dataset)
+      self._dataset = self._features.dataset
+    identity = program.identity() | {'data': self._data}
     with contextlib.closing(
       checkpoints.Checkpoints(workdir, identity, config.max_checkpoint_keep)
     ) as saver:
@@ -130,9 +138,7 @@ class _Run:
       if start is not None:
         state, notes = saver.restore(state)
         start = int(state.global_step)
-        # Bad steps are counted from here: whoever starts a run again wants them to be tried.
-        zero = sharding.replicate(np.zeros((), np.int32), program.mesh)
-        state = state.replace(bad_steps=zero)
+        state = self._restarted(program, state, notes)
       self._prepare(start, notes)
       record = run_record.RunRecord(workdir)
       hosts.on_first(lambda: record.start(self._plain, program.mesh.shape, start))
@@ -152,6 +158,15 @@ class _Run:
       finally:
         record.end(how, self._loop and self._loop.step)
     return loop.state, loop.train_summary, content
+
+  def _built(self, rng: Array, model_cls: type[ClassificationModel]) -> tuple[Program, TrainState]:
+    return build_program(rng=rng, config=self._config, model_cls=model_cls, dataset=self._dataset)
+
+  def _restarted(self, program: Program, state: TrainState, notes: Mapping[str, Any]) -> TrainState:
+    """A restored state, to go on from."""
+    del notes
+    # Bad steps are counted from here: whoever starts a run again wants them to be tried.
+    return state.replace(bad_steps=sharding.replicate(np.zeros((), np.int32), program.mesh))
 
   @property
   def _name(self) -> str:
@@ -198,9 +213,10 @@ class _Run:
     )
     self._bar = bar
     for line in (
-      _headline(program, state, config, start, self._name),
+      self._headline(program, state, start),
       *summary.data_lines(dataset.meta_data, program.model.backbone.spec),
       summary.guesses(config.backbone, program.model.backbone),
+      self._features and self._features.line,
     ):
       if line:
         bar.say(line)
@@ -215,14 +231,38 @@ class _Run:
     profiler = profile.Profiler(self._workdir, config.profile_steps, bar.say)
     self._bad_steps = BadSteps(self._workdir / 'bad_steps.jsonl', first, config.max_bad_steps)
     around = Surroundings(self._writer, saver, bar, watching, requests, profiler, self._bad_steps)
-    self._loop = loop = Loop(program, state, config, dataset, around, notes)
-    for one in (bar, watching):
-      stack.callback(one.close)
+    self._loop = loop = self._made_loop(program, state, around, notes)
+    for one in (self._features, bar, watching):
+      if one is not None:
+        stack.callback(one.close)
     with contextlib.closing(requests), contextlib.closing(profiler):
       loop.run()
     bar.close()
     watching.doing('finishing')
     return loop
+
+  def _made_loop(
+    self, program: Program, state: TrainState, around: Surroundings, notes: Mapping[str, Any]
+  ) -> Loop:
+    return Loop(program, state, self._config, self._dataset, around, notes)
+
+  def _headline(self, program: Program, state: TrainState, start: int | None) -> str:
+    """What begins."""
+    rest, head = split_head(state.trainable)
+    what = f'{trees.count(rest):,} trainable + {trees.count(head):,} in the head'
+    return f'{self._config.method} on {self._where(program, what, start)}'
+
+  def _where(self, program: Program, what: str, start: int | None) -> str:
+    """'BACKBONE, DATASET: WHAT, ... frozen; ... steps of ... on ...; starting'."""
+    config = self._config
+    devices = f'{program.mesh.size} x {jax.devices()[0].device_kind}'
+    if jax.process_count() > 1:
+      devices += f' in {jax.process_count()} processes'
+    origin = 'starting' if start is None else f'continuing from step {start}'
+    return (
+      f'{config.backbone}, {self._name}: {what}, {trees.count(program.frozen):,} frozen; '
+      f'{program.total_steps} steps of {config.batch_size} on {devices}; {origin}'
+    )
 
   def _reading(self) -> list[str]:
     """What the data set's threads and processes read now."""
@@ -275,21 +315,6 @@ def _evaluate_finished(
     if getattr(dataset, f'{split}_ds') is not None:
       values |= evaluate.evaluate(program, state, dataset, split).values
   return values
-
-
-def _headline(
-  program: Program, state: TrainState, config: Config, start: int | None, name: str
-) -> str:
-  rest, head = split_head(state.trainable)
-  devices = f'{program.mesh.size} x {jax.devices()[0].device_kind}'
-  if jax.process_count() > 1:
-    devices += f' in {jax.process_count()} processes'
-  origin = 'starting' if start is None else f'continuing from step {start}'
-  return (
-    f'{config.method} on {config.backbone}, {name}: {trees.count(rest):,} '
-    f'trainable + {trees.count(head):,} in the head, {trees.count(program.frozen):,} frozen; '
-    f'{program.total_steps} steps of {config.batch_size} on {devices}; {origin}'
-  )
 
 
 TRAINERS = {'classification': train}

@@ -102,7 +102,7 @@ class JsonLinesWriter:
     kept = b''.join(
       line + b'\n'
       for line in data.split(b'\n')
-      if (at := _step(line)) < step or (at == step and (evaluated or b'"learning_rate"' in line))
+      if (at := _step(line)) < step or (at == step and (evaluated or b'learning_rate"' in line))
     )
     if data.startswith(kept):
       with self._path.open('r+b') as file:
@@ -233,7 +233,8 @@ class TensorBoardWriter:
     from tensorboardX import summary
 
     for name, value in scalars.items():
-      self._add(int(step), summary=summary.scalar(tag(name), float(value)))
+      if '=' not in name:  # Members of a population are runs of their own in TensorBoard.
+        self._add(int(step), summary=summary.scalar(tag(name), float(value)))
 
   def write_images(self, step: int, images: Mapping[str, Any]) -> None:
     """Images are uint8 or float in [0, 1], [n h w c]."""
