@@ -1,158 +1,107 @@
 """Memory of a train step on GPUs that are not there, as XLA's compiler for them plans it.
 
-Needs `pip install 'losa_scenic[gpu]'` and no GPU: the program is compiled for a description of one
+Needs `pip install 'losa_scenic[plan]'` and no GPU: the program is compiled for a description of one
 and never run. Not counted are what CUDA itself takes (0.3 to 0.5 GB) and JAX's preallocation.
 """
 
-import dataclasses
-import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
-from losa_scenic.adapt_lib import methods
-from losa_scenic.adapt_lib.method import partition
-from losa_scenic.common_lib import errors
-from losa_scenic.common_lib.types import DType
-from losa_scenic.model_lib import attention
+from losa_scenic.adapt_lib import methods, side_memory
+from losa_scenic.bench_lib import gpu_targets, plan_step
+from losa_scenic.bench_lib.plan_step import Memory, Step
+from losa_scenic.common_lib import compiler, errors
+from losa_scenic.model_lib import attention, quantised, streaming
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import (
+  DTYPES,
   LAYER_LOOPS,
   ClassificationModel,
   is_scanned,
 )
-from losa_scenic.train_lib import optimizers, sharding, steps
-from losa_scenic.train_lib.state import TrainState
+from losa_scenic.model_lib.spec import BackboneSpec
+from losa_scenic.train_lib import optimizers
 from losa_scenic.weights_lib import backbones
 
-# What XLA wants to know of a GPU, as on NVIDIA's data sheet.
-TARGETS = {
-  'h100': """gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448 threads_per_core_limit: 2048
-  core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800
-  clock_rate_ghz: 1.98 device_memory_size: 84929347584 registers_per_core_limit: 65536
-  registers_per_block_limit: 65536 cuda_compute_capability { major: 9 minor: 0 } }
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 10 patch: 2 }
-runtime_version { major: 12 minor: 9 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-}
-# Not float16: its attention is traced for the device that is there, a CPU, which lacks a product.
-DTYPES = ('bfloat16', 'float32')
 # Tuning would need the device; without it Triton's matrix products may not compile.
-_OPTIONS = {'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
+_OPTIONS = {**compiler.GPU, 'xla_gpu_autotune_level': 0, 'xla_gpu_enable_triton_gemm': False}
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-  """Bytes on one device.
-
-  Attributes:
-    arguments: weights, optimizer state, batch.
-    outputs: what the step returns, apart from what takes the place of arguments.
-    temporary: everything in between, at its peak.
-  """
-
-  arguments: int
-  outputs: int
-  temporary: int
-
-  @property
-  def total(self) -> int:
-    """All of it, in bytes."""
-    return self.arguments + self.outputs + self.temporary
-
-  def parts(self) -> dict[str, int]:
-    """All of it by name, the total last."""
-    return {**dataclasses.asdict(self), 'total': self.total}
+class NoCompiler(errors.UserError):
+  """JAX's CUDA plugin is not installed, or lacks its libraries."""
 
 
-def compile_step(
-  model: Adapted,
-  tx: optax.GradientTransformation,
-  batch_size: int = 1,
-  frozen_dtype: DType = jnp.bfloat16,
-  way: str = 'fused',
-  target: str = 'h100',
-  devices: int = 1,
-  fsdp: int = 1,
-) -> Any:
-  """The train step of one batch, compiled for GPUs of one host (`jax.stages.Compiled`).
+def described(target: str, count: int) -> Sequence[Any]:
+  """GPUs of one host that are only described.
 
   Args:
-    model: the adapted model; its dtype and layer loop count.
-    tx: the optimizer.
-    batch_size: images or clips of each device, uint8.
-    frozen_dtype: dtype that frozen parameters are stored in; trained ones are float32.
-    way: of attention, see `attention.using`.
-    target: the GPU, a key of `TARGETS`.
-    devices: number of GPUs.
-    fsdp: GPUs that share the frozen weights of the layers.
+    target: a key of `gpu_targets.TARGETS`.
+    count: how many.
 
   Raises:
-    errors.UserError: without JAX's CUDA plugin, for an unknown GPU, and as `sharding`.
+    NoCompiler: without JAX's CUDA plugin.
+    errors.UserError: for an unknown GPU.
   """
-  mesh = _mesh(target, devices, fsdp)
-  everywhere, batch_size = sharding.replicated(mesh), devices * batch_size
-  trainable, frozen = partition(model.param_shapes(), model.method)
-  frozen = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, frozen_dtype), frozen)
-  frozen_shardings = sharding.frozen_shardings(frozen, mesh)
-  key, variables = jax.random.key(0), model.init_model_state()
-  state = jax.eval_shape(lambda t: TrainState.create(t, tx, key, variables), trainable)
-  batch = {
-    'inputs': jax.ShapeDtypeStruct(model.input_shape(batch_size), jnp.uint8),
-    'label': jax.ShapeDtypeStruct((batch_size,), jnp.int32),
-    'batch_mask': jax.ShapeDtypeStruct((batch_size,), jnp.float32),
-  }
-  head = ClassificationModel(None, {'num_classes': model.num_classes})
-  step = functools.partial(
-    steps.train_step,
-    flax_model=model.clone(gather=sharding.gather(frozen_shardings, mesh)),
-    loss_fn=head.loss_function,
-    metrics_fn=head.get_metrics_fn_jit('train'),
-    tx=tx,
-  )
-  placed = jax.jit(
-    step,
-    in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
-    out_shardings=everywhere,
-    donate_argnums=0,
-  )
-  with attention.using(way):
-    lowered = placed.lower(state, frozen, batch)
-  return lowered.compile(compiler_options=_OPTIONS)
-
-
-def _mesh(target: str, devices: int, fsdp: int) -> Mesh:
-  """GPUs that are only described."""
-  described = {'target_config': TARGETS[errors.one_of('GPU', target, TARGETS)]}
+  config = {'target_config': gpu_targets.find(target).described()}
   try:
-    topology = topologies.get_topology_desc(platform='cuda', topology=f'1x1x{devices}', **described)
+    topology = topologies.get_topology_desc(platform='cuda', topology=f'1x1x{count}', **config)
   except Exception as e:  # Of JAX without the plugin, and of a plugin that lacks its libraries.
     reason = ' '.join(str(e).split())
-    raise errors.UserError(
+    raise NoCompiler(
       "Compiling for a GPU needs JAX's CUDA plugin (the GPU itself is not needed): "
-      f"pip install 'losa_scenic[gpu]'. {reason}"
+      f"pip install 'losa_scenic[plan]'. {reason}"
     ) from e
-  return sharding.make_mesh({'fsdp': fsdp}, topology.devices)
+  return topology.devices
 
 
-def of_step(*args: Any, **kwargs: Any) -> Memory:
+def way_of(target: str, spec: BackboneSpec) -> str:
+  """How attention of a backbone is computed on a GPU, a word for `attention.using`."""
+  if gpu_targets.find(target).has_bfloat16:
+    return 'fused'
+  return 'chunked' if spec.sequence >= attention.LEAST_KEYS else 'plain'
+
+
+def compile_step(step: Step, target: str, devices: int = 1, way: str | None = None) -> Any:
+  """A train step, compiled for GPUs of one host (`jax.stages.Compiled`).
+
+  Args:
+    step: the step.
+    target: the GPU, a key of `gpu_targets.TARGETS`.
+    devices: number of GPUs.
+    way: of attention, see `attention.using`; by default `way_of` the GPU.
+
+  Raises:
+    errors.UserError: without JAX's CUDA plugin, for an unknown GPU, for compute in bfloat16 on one
+      that has none, and as `Step.compile`.
+  """
+  check_dtype(target, step.model.dtype)
+  way = way_of(target, step.model.spec) if way is None else way
+  with side_memory.planned_for(usable(target), devices):
+    return step.compile(described(target, devices), way, _OPTIONS)
+
+
+def usable(target: str) -> int:
+  """Bytes that JAX takes of such a GPU, unless told otherwise."""
+  return int(0.75 * gpu_targets.find(target).memory)
+
+
+def check_dtype(target: str, dtype: Any) -> None:
+  """Raises `UserError` for compute in bfloat16 on a GPU that has none."""
+  if jnp.dtype(dtype) == jnp.bfloat16 and not gpu_targets.find(target).has_bfloat16:
+    raise errors.UserError(
+      f"A {target} multiplies no bfloat16 matrices: compute in 'float16' (of a run's config: "
+      'model_dtype_str; frozen_dtype_str may be float16 too).'
+    )
+
+
+def of_step(step: Step, target: str, devices: int = 1, way: str | None = None) -> Memory:
   """Memory of `compile_step`, of the same arguments."""
-  plan = compile_step(*args, **kwargs).memory_analysis()
-  return Memory(
-    plan.argument_size_in_bytes,
-    plan.output_size_in_bytes - plan.alias_size_in_bytes,
-    plan.temp_size_in_bytes,
-  )
+  return plan_step.memory_of(compile_step(step, target, devices, way))
 
 
 def of_method(
@@ -167,8 +116,11 @@ def of_method(
   optimizer: str = 'momentum',
   layer_loop: str = 'auto',
   remat: bool = False,
-  way: str = 'fused',
-  target: str = 'h100',
+  backbone_quantisation: str | None = None,
+  frozen_memory: str = 'device',
+  stream_microbatches: int = 1,
+  way: str = 'auto',
+  target: str = 'h100-80gb',
   devices: int = 1,
   fsdp: int = 1,
 ) -> dict[str, Any]:
@@ -187,14 +139,17 @@ def of_method(
     optimizer: a key of `optimizers.OPTIMIZERS`, with its defaults.
     layer_loop: 'scan', 'unroll' or 'auto', as in a run's config.
     remat: recompute layers in the backward pass.
-    way: of attention, see `attention.using`.
-    target: a key of `TARGETS`.
+    backbone_quantisation: of the frozen linear layers, as in a run's config.
+    frozen_memory: where frozen layers are, as in a run's config.
+    stream_microbatches: as in a run's config.
+    way: of attention: 'auto' for that of the GPU, or see `attention.using`.
+    target: a key of `gpu_targets.TARGETS`.
     devices: number of GPUs.
     fsdp: GPUs that share the frozen weights of the layers, as `mesh.fsdp` in a run's config.
 
   Returns:
-    {'arguments_mib' (weights, optimizer state, batch), 'outputs_mib', 'temporary_mib', 'total_mib'}
-    in MiB (2^20 bytes), and what was asked for.
+    {'arguments_mib' (weights, optimizer state, batch), 'outputs_mib', 'temporary_mib', 'total_mib',
+    'host_mib' (frozen layers in the host's memory)} in MiB (2^20 bytes), and what was asked for.
 
   Raises:
     errors.UserError: for unknown names, values out of range, or without JAX's CUDA plugin.
@@ -205,8 +160,10 @@ def of_method(
   errors.check_at_least('fsdp', fsdp, 1)
   errors.one_of('dtype', dtype, DTYPES)
   errors.one_of('layer_loop', layer_loop, LAYER_LOOPS)
-  errors.one_of('way of attention', way, attention.WAYS)
-  errors.one_of('GPU', target, TARGETS)
+  if backbone_quantisation is not None:
+    errors.one_of('backbone_quantisation', backbone_quantisation, quantised.KINDS)
+  errors.one_of('way of attention', way, ('auto', *attention.WAYS))
+  errors.one_of('GPU', target, gpu_targets.TARGETS)
   make_optimizer = optimizers.OPTIMIZERS[
     errors.one_of('optimizer', optimizer, optimizers.OPTIMIZERS)
   ]
@@ -215,9 +172,28 @@ def of_method(
   spec = backbones.find(backbone, backbone_options).spec
   built = methods.build(method, spec, options)
   scan = is_scanned(built, layer_loop, split=fsdp > 1)
-  model = Adapted(spec, built, num_classes, dtype=jnp.dtype(dtype), scan=scan, remat=remat)
-  tx = make_optimizer(optax.constant_schedule(1e-3))
-  memory = of_step(model, tx, batch_size, jnp.dtype(dtype), way, target, devices, fsdp)
+  model = Adapted(
+    spec,
+    built,
+    num_classes,
+    dtype=jnp.dtype(dtype),
+    scan=scan,
+    remat=remat,
+    quantisation=backbone_quantisation,
+  )
+  streamed = streaming.check(
+    frozen_memory, stream_microbatches, spares_backbone=built.spares_backbone, fsdp=fsdp
+  )
+  step = Step(
+    model=plan_step.streamed(model, stream_microbatches, dtype) if streamed else model,
+    head=ClassificationModel(None, {'num_classes': num_classes}),
+    tx=make_optimizer(optax.constant_schedule(1e-3)),
+    batch_size=devices * batch_size,
+    mesh={'fsdp': fsdp},
+    frozen_dtype=jnp.dtype(dtype),
+  )
+  way = way_of(target, spec) if way == 'auto' else way
+  memory = of_step(step, target, devices, way)
   return {
     'backbone': backbone,
     'method': method,
@@ -230,6 +206,10 @@ def of_method(
     'optimizer': optimizer,
     'layer_loop': 'scan' if scan else 'unroll',
     'remat': remat,
+    'backbone_quantisation': backbone_quantisation,
+    'frozen_memory': frozen_memory,
+    'stream_microbatches': stream_microbatches,
     'attention': way,
     **{f'{name}_mib': round(size / 2**20, 1) for name, size in memory.parts().items()},
+    'host_mib': round(step.sizes(devices)['host'] / 2**20, 1),
   }

@@ -1,6 +1,5 @@
 """Memory of a step on a GPU that is not there: the command, its mistakes, and JAX's CUDA plugin."""
 
-import importlib.util
 import json
 import os
 import re
@@ -12,15 +11,10 @@ import numpy as np
 import pytest
 
 from losa_scenic import bench
-from losa_scenic.bench_lib import gpu_memory
-from losa_scenic.common_lib import errors
+from losa_scenic.bench_lib import gpu_memory, gpu_targets, plan_step
+from losa_scenic.train_lib import device_speed
 
-PLUGIN = importlib.util.find_spec('jax_plugins') and importlib.util.find_spec(
-  'jax_plugins.xla_cuda12'
-)
-needs_plugin = pytest.mark.skipif(
-  not PLUGIN, reason="JAX's CUDA plugin is not installed: pip install 'losa_scenic[gpu]'"
-)
+NAMES = ('test/8', 'vivit-B/16x2')
 SMALL = ('--backbone=test/8', '--method=losa')
 
 
@@ -47,10 +41,9 @@ class Compiled:
     return Plan()
 
 
-def test_outputs_in_the_place_of_arguments_count_once(monkeypatch):
-  monkeypatch.setattr(gpu_memory, 'compile_step', lambda *args, **kwargs: Compiled())
-  memory = gpu_memory.of_step()
-  assert memory == gpu_memory.Memory(arguments=1000, outputs=20, temporary=5)
+def test_outputs_in_the_place_of_arguments_count_once():
+  memory = plan_step.memory_of(Compiled())
+  assert memory == plan_step.Memory(arguments=1000, outputs=20, temporary=5)
   assert memory.total == 1025
   assert list(memory.parts().items())[-1] == ('total', 1025)
 
@@ -66,8 +59,10 @@ def test_the_command_says_what_is_compiled(monkeypatch, capsys):
   more = ['--set', 'rank=3', '--batch_size=7', '--num_classes=5', '--dtype=float32', '--remat']
   more += ['--devices=4', '--fsdp=2']
   assert bench.main(['memory', *SMALL, *more, '--attention=chunked', '--optimizer=adamw']) == 0
-  model, tx, *rest = given
-  assert rest == [7, np.dtype('float32'), 'chunked', 'h100', 4, 2]
+  step, *rest = given
+  assert rest == ['h100-80gb', 4, 'chunked']
+  assert (step.batch_size, step.frozen_dtype, step.mesh) == (4 * 7, 'float32', {'fsdp': 2})
+  model, tx = step.model, step.tx
   assert (model.num_classes, model.dtype, model.remat, model.scan) == (5, 'float32', True, True)
   weights = {'kernel': np.ones((2, 3), np.float32)}
   assert sum(np.size(leaf) for leaf in jax.tree.leaves(tx.init(weights))) == 2 * 6 + 2
@@ -77,13 +72,36 @@ def test_the_command_says_what_is_compiled(monkeypatch, capsys):
   assert printed['total_mib'] == round(1025 / 2**20, 1)
 
 
+def test_layers_may_be_rounded_and_in_the_memory_of_the_host(monkeypatch, capsys):
+  steps = []
+
+  def compile_step(step, *_):
+    steps.append(step)
+    return Compiled()
+
+  monkeypatch.setattr(gpu_memory, 'compile_step', compile_step)
+  layers = {}
+  for more in (['--dtype=float32'], ['--backbone_quantisation=int8', '--stream_microbatches=2']):
+    given = [*SMALL, '--frozen_memory=host', '--batch_size=4', *more]
+    assert bench.main(['memory', *given]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    layers[more[0]] = printed['host_mib']
+    assert printed['host_mib'] == pytest.approx(steps[-1].sizes(1)['host'] / 2**20, abs=0.06)
+  assert [step.model.stream.microbatches for step in steps] == [1, 2]
+  assert steps[1].model.quantisation == 'int8'
+  # Three layers of a width of 32, rows a little longer than what is in them.
+  weights = 3 * (4 * 32 * 32 + 2 * 32 * 64)
+  assert layers['--dtype=float32'] == pytest.approx(4 * weights / 2**20, rel=0.3)
+  assert layers['--backbone_quantisation=int8'] == pytest.approx(weights / 2**20, abs=0.06)
+
+
 @pytest.mark.parametrize(
   ('method', 'loop', 'scan'),
   [('full', 'auto', True), ('full', 'unroll', False), ('linear', 'scan', True)],
 )
 def test_the_loop_over_layers_is_that_of_a_run(monkeypatch, method, loop, scan):
-  def compile_step(model, *_):
-    assert model.scan == scan
+  def compile_step(step, *_):
+    assert step.model.scan == scan
     return Compiled()
 
   monkeypatch.setattr(gpu_memory, 'compile_step', compile_step)
@@ -94,8 +112,9 @@ def test_the_loop_over_layers_is_that_of_a_run(monkeypatch, method, loop, scan):
 @pytest.mark.parametrize(
   ('arguments', 'message'),
   [
-    (['--dtype=float16'], "Unknown dtype 'float16'. Did you mean 'bfloat16'"),
-    (['--target=h101'], "Unknown GPU 'h101'. Did you mean 'h100'"),
+    (['--dtype=float61'], "Unknown dtype 'float61'. Did you mean 'float16'"),
+    (['--target=h100-40gb'], "Unknown GPU 'h100-40gb'. Did you mean 'h100-80gb'"),
+    (['--target=v100-16gb'], "A v100-16gb multiplies no bfloat16 matrices: compute in 'float16'"),
     (['--optimizer=adam'], "Unknown optimizer 'adam'. Did you mean 'adamw'"),
     (['--layer_loop=scam'], "Did you mean 'scan'"),
     (['--attention=fuse'], "Did you mean 'fused'"),
@@ -104,6 +123,10 @@ def test_the_loop_over_layers_is_that_of_a_run(monkeypatch, method, loop, scan):
     (['--devices=0'], 'devices must be an integer of at least 1'),
     (['--fsdp=0'], 'fsdp must be an integer of at least 1'),
     (['--set', 'rnk=3'], "Did you mean 'rank'"),
+    (['--backbone_quantisation=int9'], "Did you mean 'int8'"),
+    (['--frozen_memory=hots'], "Did you mean 'host'"),
+    (['--stream_microbatches=2'], 'would have no effect'),
+    (['--frozen_memory=host', '--fsdp=2', '--devices=2'], 'use one of the two'),
   ],
 )
 def test_mistakes_end_with_one_message(capsys, arguments, message):
@@ -125,16 +148,32 @@ def test_without_the_plugin_it_says_what_to_install(monkeypatch, capsys):
   monkeypatch.setattr(gpu_memory.topologies, 'get_topology_desc', no_plugin)
   assert bench.main(['memory', *SMALL]) == 1
   error = capsys.readouterr().err
-  assert "pip install 'losa_scenic[gpu]'" in error and error.count('\n') == 1
+  assert "pip install 'losa_scenic[plan]'" in error and error.count('\n') == 1
 
 
-@pytest.mark.skipif(bool(PLUGIN), reason="JAX's CUDA plugin is installed")
-def test_jax_itself_lacks_it():
-  with pytest.raises(errors.UserError, match=r'losa_scenic\[gpu\]'):
-    gpu_memory.of_method('test/8', 'losa')
+def test_attention_is_that_of_the_gpu():
+  short, long = (bench.params.models(name, 'linear', {}, {}, 5)[0].spec for name in NAMES)
+  assert [gpu_memory.way_of('a100-40gb', spec) for spec in (short, long)] == ['fused'] * 2
+  assert [gpu_memory.way_of('v100-16gb', spec) for spec in (short, long)] == ['plain', 'chunked']
 
 
-@needs_plugin
+@pytest.mark.parametrize('name', gpu_targets.TARGETS)
+def test_data_sheets_agree_with_each_other(name):
+  gpu = gpu_targets.find(name)
+  # What `bench` and a run's log call the device must be in the one table of peaks.
+  assert gpu.peak('float16') == device_speed.peak(gpu.kind, 'float16') > gpu.peak('float32') > 1e12
+  assert (gpu.peak('bfloat16') is not None) == gpu.has_bfloat16
+  gigabytes = re.search(r'\d+gb', name)
+  sold = int(gigabytes[0][:-2]) if gigabytes else 24
+  assert 0.9 * sold < gpu.memory / 2**30 < sold + 1e-9
+  text = gpu.described()
+  assert text.count('{') == text.count('}') and f'device_memory_size: {gpu.memory} ' in text
+  # Float32 units, two operations a clock, make up what the data sheet says of plain float32.
+  plain = {'v100-16gb': 15.7, 'h100-80gb': 66.9, 'l4': 30.3}.get(name, 19.5)
+  assert gpu.cores * gpu.units * 2 * gpu.clock / 1e3 == pytest.approx(plain, rel=0.01)
+
+
+@pytest.mark.plan
 def test_a_step_is_planned_without_a_gpu():
   # In a process of its own: without the tests' compiler options, and before anything used a device.
   keep = {k: v for k, v in os.environ.items() if k != 'XLA_FLAGS' and not k.startswith('JAX_')}
