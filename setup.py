@@ -42,6 +42,8 @@ setuptools.setup(
     'tfds': ['array_record', 'tensorflow-datasets>=4.9.9'],
     'tf': ['tensorflow-cpu', 'tensorflow-datasets>=4.9.9'],
     'gpu': ['jax[cuda12]>=0.10,<0.12'],
+    # The CUDA plugin compiles for GPUs that are not there: `python -m losa_scenic.plan`.
+    'plan': ['jax[cuda12]>=0.10,<0.12'],
     'tpu': ['jax[tpu]>=0.10,<0.12'],
     'dev': [
       'array_record',

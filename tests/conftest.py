@@ -1,5 +1,6 @@
 """Two fake CPU devices and quick compilation for all tests, and shared fixtures."""
 
+import importlib.util
 import os
 import pathlib
 import sys
@@ -27,6 +28,17 @@ import pytest
 
 # For the helpers in tests/reference: in pytest's import mode 'importlib' it is on no path.
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
+
+
+_HAS_PLUGIN = importlib.util.find_spec('jax_plugins') and importlib.util.find_spec(
+  'jax_plugins.xla_cuda12'
+)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+  """Skips what compiles for GPUs that are not there, where nothing can."""
+  if item.get_closest_marker('plan') and not _HAS_PLUGIN:
+    pytest.skip("JAX's CUDA plugin is not installed: pip install 'losa_scenic[plan]'")
 
 
 @pytest.fixture(scope='module', autouse=True)

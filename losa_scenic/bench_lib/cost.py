@@ -5,6 +5,7 @@ however often that runs. Residuals are the arrays that a forward pass keeps for 
 """
 
 import collections
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -19,7 +20,7 @@ from losa_scenic.common_lib.types import Array, Params
 from losa_scenic.model_lib import attention
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import classification_metrics
-from losa_scenic.model_lib.encoder import Encoded
+from losa_scenic.model_lib.encoder import Encoded, read_layers
 from losa_scenic.model_lib.vit import ViT
 from losa_scenic.train_lib import steps
 from losa_scenic.train_lib.state import TrainState
@@ -180,7 +181,11 @@ def _residuals(model: Adapted, batch_size: int, encoded: Encoded | None) -> list
   def backward(trainable: Params, frozen: Params, batch: Any, encoded: Encoded | None) -> Any:
     def given(call: Callable, args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
       is_encoder = isinstance(context.module, ViT) and context.method_name == 'encode'
-      return encoded if is_encoder and encoded is not None else call(*args, **kwargs)
+      if not is_encoder or encoded is None:
+        return call(*args, **kwargs)
+      read, values = kwargs.get('read'), encoded.layers
+      values = values if read is None else read_layers(values, model.spec.depth, read)
+      return dataclasses.replace(encoded, layers=values)
 
     def loss(trainable: Params) -> Array:
       variables = {'params': combine(trainable, frozen), **model_state}

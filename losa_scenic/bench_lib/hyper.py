@@ -181,9 +181,27 @@ def run_name(overrides: Mapping[str, Any], common: Mapping[str, Any]) -> str:
     The last parts of the keys with values (a path is cut to its stem), at most 100 characters,
     and the first 8 digits of the SHA-256 of all overrides.
   """
-  digest = hashlib.sha256(canonical({**common, **overrides}).encode()).hexdigest()[:8]
-  parts = [f'{_label(key, overrides)}={_short(overrides[key])}' for key in sorted(overrides)]
-  return f'{",".join(parts)[:_NAME_LENGTH] or "run"}-{digest}'
+  return f'{readable(overrides, overrides) or "run"}-{digest({**common, **overrides})}'
+
+
+def readable(overrides: Mapping[str, Any], keys: Iterable[str]) -> str:
+  """Overrides in words: the last parts of keys with values, 'method=losa,seed=1'.
+
+  Args:
+    overrides: to be named.
+    keys: all keys that a reader must tell apart.
+
+  Returns:
+    At most 100 characters that a folder's name can have; '' of no overrides.
+  """
+  keys = list(keys)
+  parts = [f'{_label(key, keys)}={_short(overrides[key])}' for key in sorted(overrides)]
+  return ','.join(parts)[:_NAME_LENGTH]
+
+
+def digest(overrides: Mapping[str, Any]) -> str:
+  """The first 8 digits of the SHA-256 of overrides, whatever their order."""
+  return hashlib.sha256(canonical(overrides).encode()).hexdigest()[:8]
 
 
 def _get_hyper(path: str) -> Callable[..., Any]:
