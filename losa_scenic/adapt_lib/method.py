@@ -36,16 +36,18 @@ class Run:
       the gradient of the weights.
     normed: `normed(tokens, train=False)`: final norm, [b n d] -> [b n d].
     pooled: `pooled(tokens, train=False)`: pooling of normed tokens, [b n d] -> [b d].
+    tokens_read: how many leading tokens of the last block the features depend on; None for all.
   """
 
   encode: Callable[..., Encoded]
   encode_twice: Callable[..., Any]
   normed: Callable[..., Array]
   pooled: Callable[..., Array]
+  tokens_read: int | None = None
 
   def features(self, tokens: Array, *, train: bool = False) -> Array:
-    """Final norm and pooling, [b n d] -> [b d]."""
-    return self.pooled(self.normed(tokens, train=train), train=train)
+    """Final norm and pooling, [b n d] -> [b d]; n may be no more than `tokens_read`."""
+    return self.pooled(self.normed(tokens[:, : self.tokens_read], train=train), train=train)
 
 
 @runtime_checkable

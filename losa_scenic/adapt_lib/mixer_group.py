@@ -18,7 +18,7 @@ of tokens (D [n r], hidden units [r b d]).
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,23 @@ from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
 
 
+class _Form(NamedTuple):
+  """How mixers are computed; the arguments of `mix` that are no arrays."""
+
+  axes: tuple[str, ...]
+  gelu: str
+  size: int
+  wanted: int | None
+  reversible: bool
+
+  def groups(self) -> list[tuple['_Form', slice]]:
+    """Of each group: its own form, and which mixers it has."""
+    slices = [slice(i, i + self.size) for i in range(0, len(self.axes), self.size)]
+    groups = [(self._replace(axes=self.axes[some], wanted=None), some) for some in slices]
+    last, some = groups[-1]
+    return [*groups[:-1], (last._replace(wanted=self.wanted), some)]
+
+
 def mix(
   axes: Sequence[str],
   mixers: Sequence[Weights],
@@ -44,9 +61,10 @@ def mix(
   y: Float[Array, 'n b d'],
   gelu: str,
   size: int,
+  wanted: int | None = None,
   *,
   reversible: bool = False,
-) -> Float[Array, 'n b d']:
+) -> Float[Array, 'm b d']:
   """y_i = g_i(b_i + y_{i-1}) + y_{i-1} for mixers in a row.
 
   Args:
@@ -56,57 +74,47 @@ def mix(
     y: y_0.
     gelu: 'tanh' or 'erf'.
     size: mixers of a group.
+    wanted: how many leading tokens of the last y are; None for all. The last group makes no others.
     reversible: keep no y but the last one for the backward pass.
 
   Returns:
-    y after the last mixer, in the dtype of y, which is that of all products.
+    Those tokens of y after the last mixer, in the dtype of y, which is that of all products.
   """
-  return _mix(tuple(axes), gelu, size, reversible, list(mixers), y, list(taps))
+  return _mix(_Form(tuple(axes), gelu, size, wanted, reversible), list(mixers), y, list(taps))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _mix(
-  axes: tuple[str, ...],
-  gelu: str,
-  size: int,
-  reversible: bool,
-  mixers: list[Weights],
-  y: Array,
-  taps: list[Array],
-) -> Array:
-  return _forward(axes, gelu, size, reversible, mixers, y, taps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _mix(form: _Form, mixers: list[Weights], y: Array, taps: list[Array]) -> Array:
+  return _forward(form, mixers, y, taps)[0]
 
 
-def _forward(
-  axes: tuple[str, ...],
-  gelu: str,
-  size: int,
-  reversible: bool,
-  mixers: list[Weights],
-  y: Array,
-  taps: list[Array],
-) -> tuple[Array, Any]:
+def _forward(form: _Form, mixers: list[Weights], y: Array, taps: list[Array]) -> tuple[Array, Any]:
   starts, zs = [], []
-  for some in _groups(axes, size):
+  for group, some in form.groups():
     starts.append(y)
-    y, own = _group(axes[some], gelu, mixers[some], y, taps[some])
+    y, own = _group(group, mixers[some], y, taps[some])
     zs += own
-  return y, (mixers, [y] if reversible else starts, zs)
+  if form.reversible:
+    starts = starts[-1:] if len(y) < len(starts[-1]) else [y]
+  return y, (mixers, starts, zs)
 
 
-def _backward(
-  axes: tuple[str, ...], gelu: str, size: int, reversible: bool, kept: Any, dy: Array
-) -> tuple[list[Weights], Array, list[Array]]:
-  mixers, ys, zs = kept
+def _backward(form: _Form, kept: Any, dy: Array) -> tuple[list[Weights], Array, list[Array]]:
+  mixers, starts, zs = kept
   gradients: list[Weights] = []
   dzs: list[Array] = []
-  y = ys[-1]
-  for k, some in reversed(list(enumerate(_groups(axes, size)))):
+  y = starts[-1]
+  for k, (group, some) in reversed(list(enumerate(form.groups()))):
+    if not form.reversible:
+      y = starts[k]
     # One group after the other: nothing of it is made before, and nothing of size y is left after.
-    of_group = (mixers[some], y if reversible else ys[k], zs[some], dy)
-    own, y, own_zs, dy = jax.lax.optimization_barrier(of_group)
-    found = _group_backward(axes[some], gelu, own, y, own_zs, dy, reversible)
-    of_mixers, of_taps, y, dy = jax.lax.optimization_barrier(found)
+    own, y, own_zs, dy = jax.lax.optimization_barrier((mixers[some], y, zs[some], dy))
+    of_mixers, of_taps, y, dy = _group_backward(group, own, y, own_zs, dy)
+    if k:
+      y, dy, of_mixers, of_taps = jax.lax.optimization_barrier((y, dy, of_mixers, of_taps))
+    else:
+      # y_0 is often frozen. Its gradient is then not made, unless a barrier needs it.
+      of_mixers, of_taps = jax.lax.optimization_barrier((of_mixers, of_taps))
     gradients, dzs = of_mixers + gradients, of_taps + dzs
   return gradients, dy, dzs
 
@@ -114,14 +122,11 @@ def _backward(
 _mix.defvjp(_forward, _backward)
 
 
-def _groups(axes: Sequence[str], size: int) -> list[slice]:
-  return [slice(i, i + size) for i in range(0, len(axes), size)]
-
-
 def _group(
-  axes: tuple[str, ...], gelu: str, mixers: list[Weights], y: Array, taps: list[Array]
+  form: _Form, mixers: list[Weights], y: Array, taps: list[Array]
 ) -> tuple[Array, list[Array]]:
-  """y after a group, and its z."""
+  """What is wanted of y after a group, and its z."""
+  axes = form.axes
   units, w = Units(axes, taps), _cast(join(axes, mixers, y.shape), y.dtype)
   seen = {}
   if CHANNELS in axes:
@@ -135,19 +140,21 @@ def _group(
     for other in _kinds(axes[:i]):
       z += _across(w, units, i, other, units.joined(hs, other))
     zs.append(z)
-    hs.append(w.alphas[i] * GELU[gelu](z))
-  for one in _added(w, {axis: units.joined(hs, axis) for axis in _kinds(axes)}):
+    hs.append(w.alphas[i] * GELU[form.gelu](z))
+  h = {axis: units.joined(hs, axis) for axis in _kinds(axes)}
+  y = y[: form.wanted]
+  for one in _added(w, h, form.wanted):
     y += one
   return y, zs
 
 
-def _added(w: Any, h: Mapping[str, Array]) -> list[Array]:
-  """What hidden units add to y."""
+def _added(w: Any, h: Mapping[str, Array], m: int | None) -> list[Array]:
+  """What hidden units add to the first m tokens of y, or to all."""
   terms = []
   if CHANNELS in h:
-    terms.append(h[CHANNELS] @ w.up_c + w.bias_c)
+    terms.append(h[CHANNELS][:m] @ w.up_c + w.bias_c)
   if TOKENS in h:
-    terms.append(along_tokens(w.up_t, h[TOKENS]) + w.bias_t)
+    terms.append(along_tokens(w.up_t[:m], h[TOKENS]) + w.bias_t[:m])
   return terms
 
 
@@ -164,36 +171,31 @@ def _across(w: Any, units: Units, i: int, axis: str, h: Array) -> Array:
 
 
 def _group_backward(
-  axes: tuple[str, ...],
-  gelu: str,
-  mixers: list[Weights],
-  y: Array,
-  zs: list[Array],
-  dy: Array,
-  reversible: bool,
+  form: _Form, mixers: list[Weights], y: Array, zs: list[Array], dy: Array
 ) -> tuple[list[Weights], list[Array], Array, Array]:
   """Gradients of the weights and of the taps, y before the group, and its gradient.
 
-  `y` is that before the group, or if `reversible` that after it.
+  `y` is that before the group, or if it is reversed that after it; `dy` of the tokens wanted.
   """
+  axes, n, m = form.axes, len(y), len(dy)
   # Made again: kept, what all groups have would be as much as their weights.
   joint, pull = jax.vjp(functools.partial(join, axes, shape=y.shape), mixers)
   units, w = Units(axes, zs), _cast(joint, y.dtype)
   gradient: dict[str, Any] = jax.tree.map(jnp.zeros_like, joint)._asdict()
-  active, slopes = zip(*(_value_and_slope(gelu, z) for z in zs), strict=True)
+  active, slopes = zip(*(_value_and_slope(form.gelu, z) for z in zs), strict=True)
   hs = [alpha * a for alpha, a in zip(w.alphas, active, strict=True)]
   h = {axis: units.joined(hs, axis) for axis in _kinds(axes)}
-  for one in _added(w, h) if reversible else ():
+  for one in _added(w, h, n) if form.reversible and m == n else ():
     y -= one
   dhs: list[Any] = [0.0] * len(axes)
   if CHANNELS in axes:
-    gradient['up_c'] = along_channels_gradient(h[CHANNELS], dy)
+    gradient['up_c'] = along_channels_gradient(h[CHANNELS][:m], dy)
     gradient['bias_c'] = _sum_to(dy, (y.shape[2],))
-    units.add(dhs, CHANNELS, dy @ w.up_c.T)
+    units.add(dhs, CHANNELS, _padded(dy @ w.up_c.T, n))
   if TOKENS in axes:
-    gradient['up_t'] = along_tokens_gradient(dy, h[TOKENS])
-    gradient['bias_t'] = _sum_to(dy, (y.shape[0], 1, 1))
-    units.add(dhs, TOKENS, along_tokens(w.up_t.T, dy))
+    gradient['up_t'] = _padded(along_tokens_gradient(dy, h[TOKENS]), n)
+    gradient['bias_t'] = _padded(_sum_to(dy, (m, 1, 1)), n)
+    units.add(dhs, TOKENS, along_tokens(w.up_t[:m].T, dy))
   dzs: list[Any] = [None] * len(axes)
   for i in reversed(range(len(axes))):
     dzs[i] = w.alphas[i] * dhs[i] * slopes[i]
@@ -203,6 +205,7 @@ def _group_backward(
       units.add(dhs, other, _across_backward(gradient, w, units, i, other, part, dzs[i]))
   gradient['biases'] = [_sum_to(dz, b.shape) for dz, b in zip(dzs, joint.biases, strict=True)]
   gradient['alphas'] = [_sum_to(a * dh, ()) for a, dh in zip(active, dhs, strict=True)]
+  dy = _padded(dy, n)
   if CHANNELS in axes:
     dz = units.joined(dzs, CHANNELS)
     gradient['down_c'] += along_channels_gradient(y, dz)
@@ -256,6 +259,11 @@ def _cast(joint: Joint, dtype: DType) -> Any:
 def _value_and_slope(gelu: str, z: Array) -> tuple[Array, Array]:
   value, pull = jax.vjp(GELU[gelu], z)
   return value, pull(jnp.ones_like(z))[0]
+
+
+def _padded(x: Array, n: int) -> Array:
+  """n rows: those of x, and zeros."""
+  return x if len(x) == n else jnp.pad(x, ((0, n - len(x)), *((0, 0),) * (x.ndim - 1)))
 
 
 def _later(x: Float[Array, 'R R'], rank: int) -> Float[Array, 'R R']:

@@ -57,7 +57,7 @@ class Mixers(nn.Module):
     else:
       weights = self._weights(self.size)
       encoded = self._read(run, inputs, train, weights)
-      y = self._in_groups(self._start(encoded), self._pick(encoded), weights)
+      y = self._in_groups(self._start(encoded), self._pick(encoded), weights, run.tokens_read)
     return run.features(y, train=train)
 
   def _rounded(self, layer: int, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,9 +118,13 @@ class Mixers(nn.Module):
     return [encoded.layers[site][tap] for tap in self.taps for site in self.collect]
 
   def _in_groups(
-    self, y: Float[Array, 'b n d'], seen: Sequence[Array], weights: Sequence[mixer.Weights]
-  ) -> Float[Array, 'b n d']:
-    """y_L, of mixers of channels and of the tokens of images."""
+    self,
+    y: Float[Array, 'b n d'],
+    seen: Sequence[Array],
+    weights: Sequence[mixer.Weights],
+    wanted: int | None,
+  ) -> Float[Array, 'b m d']:
+    """So many tokens of y_L, of mixers of channels and of the tokens of images."""
     mode = side_memory.choose(self.memory, y, len(seen))
     y = mixer_group.mix(
       self._axes,
@@ -129,6 +133,7 @@ class Mixers(nn.Module):
       tokens_first(y),
       self.gelu,
       group_size(self.rank),
+      wanted,
       reversible=mode != 'fast',
     )
     return tokens_first(y)

@@ -1,7 +1,7 @@
 """Backbone + method + classifier: the only model the trainer sees."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,17 +18,6 @@ from losa_scenic.model_lib.encoder import Encoded, Gather, Read, read_layers
 from losa_scenic.model_lib.spec import BackboneSpec
 from losa_scenic.model_lib.streaming import Stream
 from losa_scenic.model_lib.vit import ViT
-
-
-@dataclasses.dataclass(frozen=True)
-class _Run(Run):
-  """`Run` that leaves out the norm of tokens that the pooling does not read."""
-
-  whole: Callable[..., Array]
-
-  def features(self, tokens: Array, *, train: bool = False) -> Array:
-    """See `Run`."""
-    return self.whole(tokens, train=train)
 
 
 class Adapted(nn.Module):
@@ -130,10 +119,7 @@ class Adapted(nn.Module):
     def pooled(tokens: Array, *, train: bool = False) -> Array:
       return self.backbone.pooled(tokens, shared=shared, train=train)
 
-    def whole(tokens: Array, *, train: bool = False) -> Array:
-      return self.backbone.features(tokens, shared=shared, train=train)
-
-    run = _Run(encode, encode_twice, normed, pooled, whole)
+    run = Run(encode, encode_twice, normed, pooled, self.backbone.tokens_read)
     if self.side is not None:
       return self.side(run, inputs, train=train)
     return run.features(run.encode(inputs, train=train).tokens, train=train)

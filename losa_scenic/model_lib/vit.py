@@ -230,15 +230,16 @@ class ViT(nn.Module):
     self, tokens: Float[Array, 'b n d'], *, shared: PyTree | None = None, train: bool = False
   ) -> Float[Array, 'b d']:
     """Final norm and pooling of tokens in the place of the last block's output."""
-    tokens = self.normed(self._pooling_reads(tokens), shared=shared, train=train)
+    tokens = self.normed(tokens[:, : self.tokens_read], shared=shared, train=train)
     return self.pooled(tokens, shared=shared, train=train)
 
-  def _pooling_reads(self, tokens: Float[Array, 'b n d']) -> Float[Array, 'b m d']:
-    """The tokens whose norm makes a difference: the class token, if no insert sees the others."""
+  @property
+  def tokens_read(self) -> int | None:
+    """How many leading tokens `features` reads: those pooled, if no insert sees others; or None."""
     spec, placed = self.spec, {site for where in self.inserts for site in sites.sites_of(where)}
     if spec.sequences > 1 or not spec.pool.startswith('cls') or placed & {'norm', 'pool'}:
-      return tokens
-    return tokens[:, : 1 if spec.pool == 'cls' else 2]
+      return None
+    return 1 if spec.pool == 'cls' else 2
 
   def __call__(self, images: Num[Array, 'b *thw c'], *, train: bool = False) -> Float[Array, 'b d']:
     """Images -> pooled features."""

@@ -128,8 +128,9 @@ def test_a_batch_in_parts_is_the_same_step(method, parts, mixed):
   in_parts, *_ = made_step(method, accumulate=parts)
   want, want_metrics = whole(state, frozen, batch)
   have, metrics = in_parts(state, frozen, batch)
+  # The gradient of alpha is a sum of large terms of both signs, here added up in another order.
   for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(have), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=5e-6)
   assert want_metrics.keys() == metrics.keys()
   for name, (value, weight) in want_metrics.items():
     np.testing.assert_allclose(metrics[name][0], value, rtol=1e-5, err_msg=name)
