@@ -4,7 +4,7 @@ See `mixer_group`: [R] below are the hidden units of all mixers of one axis.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
@@ -83,33 +83,34 @@ def join(axes: Sequence[str], mixers: Sequence[Weights], shape: Sequence[int]) -
 
 
 class Units:
-  """Which of the hidden units of a group, side by side by axis, are those of mixer i."""
+  """Which of the hidden units of a group, side by side by axis, are those of which mixers.
+
+  Units are the last axis of what mixers of channels have, the first one of those of tokens.
+  """
 
   def __init__(self, axes: Sequence[str], taps: Sequence[Array]):
     self.axes = axes
     self.rank = taps[0].shape[-1] if axes[0] == CHANNELS else taps[0].shape[0]
 
-  def columns(self, i: int) -> slice:
-    """Of mixer i among those of its axis."""
-    k = self.axes[:i].count(self.axes[i])
-    return slice(k * self.rank, (k + 1) * self.rank)
+  def of(self, axis: str, start: int = 0, stop: int | None = None) -> list[int]:
+    """The mixers of an axis among those from `start` to before `stop`."""
+    return [i for i in range(len(self.axes))[start:stop] if self.axes[i] == axis]
 
-  def before(self, i: int, axis: str) -> slice:
-    """Of the mixers of an axis that come before mixer i."""
-    return slice(0, self.axes[:i].count(axis) * self.rank)
+  def columns(self, which: Sequence[int]) -> slice:
+    """Of mixers of one axis that follow each other, among all of it."""
+    first = self.axes[: which[0]].count(self.axes[which[0]])
+    return slice(first * self.rank, (first + len(which)) * self.rank)
 
-  def own(self, x: Any, i: int) -> Array:
-    """The part of mixer i of what all mixers of its axis have; their units are the last axis of
-    mixers of channels, the first one of those of tokens."""
-    return x[..., self.columns(i)] if self.axes[i] == CHANNELS else x[self.columns(i)]
+  def parts(self, x: Array, which: Sequence[int]) -> list[tuple[int, Array]]:
+    """Each of some mixers of one axis, and its part of x, which they have side by side."""
+    slices = [slice(k * self.rank, (k + 1) * self.rank) for k in range(len(which))]
+    own = [
+      x[..., s] if self.axes[i] == CHANNELS else x[s] for i, s in zip(which, slices, strict=True)
+    ]
+    return list(zip(which, own, strict=True))
 
-  def add(self, each: list[Any], axis: str, x: Array) -> None:
-    """Adds its part of x, which the first mixers of an axis have side by side, to each of them."""
-    mine = [i for i, a in enumerate(self.axes) if a == axis]
-    for i in mine[: x.shape[-1 if axis == CHANNELS else 0] // self.rank]:
-      each[i] += self.own(x, i)
-
-  def joined(self, each: Sequence[Array], axis: str) -> Array:
-    """Side by side what mixers of one axis have, of all or of the first ones."""
-    some = [x for x, a in zip(each, self.axes, strict=False) if a == axis]
-    return some[0] if len(some) == 1 else jnp.concatenate(some, -1 if axis == CHANNELS else 0)
+  def joined(self, values: Sequence[Array], axis: str) -> Array:
+    """Side by side what some mixers of an axis have."""
+    if len(values) == 1:
+      return values[0]
+    return jnp.concatenate(values, -1 if axis == CHANNELS else 0)

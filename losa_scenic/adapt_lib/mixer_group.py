@@ -8,9 +8,13 @@ and in between there are hidden units alone,
   z_i = D_i b_i + D_i y_0 + sum_{j<i} (D_i U_j) h_j + biases,  h_i = alpha_i GELU(z_i)
   y   = y_0 + sum_i U_i h_i + biases.
 
+A mixer's h_j, once it is there, is multiplied for all later ones at once: as D_i U_j h_j where i
+and j mix the same axis, else as D_i h_j, which has r channels of r tokens only, and U_j comes after
+those of all j are side by side. So nothing of the size of h is ever put together on the way.
+
 The gradient is written by hand, in the same form: G_i, that of y_i, is never made either. What is
-kept for it is every z_i, and y_0 of each group; or only the last y, from which each y_0 is had
-again by subtraction. Exact: only the order of sums differs from mixers one by one.
+kept for it is every z_i, every D_i h_j, and y_0 of each group; or only the last y, from which each
+y_0 is had again by subtraction. Exact: only the order of sums differs from mixers one by one.
 
 Tokens stand first, [n b d]; c below are mixers of channels (D [d r], hidden units [n b r]), t those
 of tokens (D [n r], hidden units [r b d]).
@@ -35,6 +39,8 @@ from losa_scenic.adapt_lib.token_products import (
 )
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
+
+_OTHER = {CHANNELS: TOKENS, TOKENS: CHANNELS}
 
 
 class _Form(NamedTuple):
@@ -89,18 +95,19 @@ def _mix(form: _Form, mixers: list[Weights], y: Array, taps: list[Array]) -> Arr
 
 
 def _forward(form: _Form, mixers: list[Weights], y: Array, taps: list[Array]) -> tuple[Array, Any]:
-  starts, zs = [], []
+  starts: list[Array] = []
+  kept: list[Any] = []
   for group, some in form.groups():
     starts.append(y)
-    y, own = _group(group, mixers[some], y, taps[some])
-    zs += own
+    y, zs, crossed = _group(group, mixers[some], y, taps[some])
+    kept.append((zs, crossed))
   if form.reversible:
     starts = starts[-1:] if len(y) < len(starts[-1]) else [y]
-  return y, (mixers, starts, zs)
+  return y, (mixers, starts, kept)
 
 
 def _backward(form: _Form, kept: Any, dy: Array) -> tuple[list[Weights], Array, list[Array]]:
-  mixers, starts, zs = kept
+  mixers, starts, of_groups = kept
   gradients: list[Weights] = []
   dzs: list[Array] = []
   y = starts[-1]
@@ -108,8 +115,8 @@ def _backward(form: _Form, kept: Any, dy: Array) -> tuple[list[Weights], Array, 
     if not form.reversible:
       y = starts[k]
     # One group after the other: nothing of it is made before, and nothing of size y is left after.
-    own, y, own_zs, dy = jax.lax.optimization_barrier((mixers[some], y, zs[some], dy))
-    of_mixers, of_taps, y, dy = _group_backward(group, own, y, own_zs, dy)
+    given = jax.lax.optimization_barrier((mixers[some], y, *of_groups[k], dy))
+    of_mixers, of_taps, y, dy = _group_backward(group, *given)
     if k:
       y, dy, of_mixers, of_taps = jax.lax.optimization_barrier((y, dy, of_mixers, of_taps))
     else:
@@ -124,28 +131,35 @@ _mix.defvjp(_forward, _backward)
 
 def _group(
   form: _Form, mixers: list[Weights], y: Array, taps: list[Array]
-) -> tuple[Array, list[Array]]:
-  """What is wanted of y after a group, and its z."""
+) -> tuple[Array, list[Array], list[Array | None]]:
+  """What is wanted of y after a group, its z, and what its mixers see of those of the other axis.
+
+  Of that the narrow side, D_i h_j for mixers i and j of different axes: [r b r], side by side.
+  """
   axes = form.axes
   units, w = Units(axes, taps), _cast(join(axes, mixers, y.shape), y.dtype)
-  seen = {}
+  zs = [tap + bias for tap, bias in zip(taps, w.biases, strict=True)]
   if CHANNELS in axes:
-    seen[CHANNELS] = y @ w.down_c
+    _add(zs, units.parts(y @ w.down_c, units.of(CHANNELS)))
   if TOKENS in axes:
-    seen[TOKENS] = along_tokens(w.down_t, y)
-  zs: list[Array] = []
+    _add(zs, units.parts(along_tokens(w.down_t, y), units.of(TOKENS)))
+  pieces: list[list[Array]] = [[] for _ in axes]
+  crossed: list[Array | None] = []
   hs: list[Array] = []
   for i, axis in enumerate(axes):
-    z = units.own(seen[axis], i) + taps[i] + w.biases[i]
-    for other in _kinds(axes[:i]):
-      z += _across(w, units, i, other, units.joined(hs, other))
-    zs.append(z)
-    hs.append(w.alphas[i] * GELU[form.gelu](z))
-  h = {axis: units.joined(hs, axis) for axis in _kinds(axes)}
+    crossed.append(units.joined(pieces[i], _OTHER[axis]) if pieces[i] else None)
+    if pieces[i]:
+      zs[i] += _up_across(w, units, i, crossed[i])
+    hs.append(w.alphas[i] * GELU[form.gelu](zs[i]))
+    if alike := units.of(axis, i + 1):
+      _add(zs, units.parts(_across_alike(w, units, i, alike, hs[i]), alike))
+    if others := units.of(_OTHER[axis], i + 1):
+      for k, piece in units.parts(_down_across(w, units, others, hs[i]), others):
+        pieces[k].append(piece)
   y = y[: form.wanted]
-  for one in _added(w, h, form.wanted):
+  for one in _added(w, _by_axis(units, hs), form.wanted):
     y += one
-  return y, zs
+  return y, zs, crossed
 
 
 def _added(w: Any, h: Mapping[str, Array], m: int | None) -> list[Array]:
@@ -158,20 +172,37 @@ def _added(w: Any, h: Mapping[str, Array], m: int | None) -> list[Array]:
   return terms
 
 
-def _across(w: Any, units: Units, i: int, axis: str, h: Array) -> Array:
-  """D_i U h: what mixer i sees of the hidden units h of the mixers of an axis before it."""
-  before = units.before(i, axis)
-  if axis == units.axes[i]:
-    if axis == CHANNELS:
-      return h @ w.cross_c[before, units.columns(i)]
-    return along_tokens(w.cross_t[units.columns(i), before], h)
-  if axis == CHANNELS:
-    return along_tokens(units.own(w.down_t, i), h) @ w.up_c[before]
-  return along_tokens(w.up_t[:, before], h @ units.own(w.down_c, i))
+def _across_alike(w: Any, units: Units, i: int, later: list[int], h: Array) -> Array:
+  """D U_i h_i, as later mixers of the axis of mixer i see it."""
+  own, later_ones = units.columns([i]), units.columns(later)
+  if units.axes[i] == CHANNELS:
+    return h @ w.cross_c[own, later_ones]
+  return along_tokens(w.cross_t[later_ones, own], h)
+
+
+def _down_across(w: Any, units: Units, later: list[int], h: Array) -> Array:
+  """D h for later mixers of the other axis than that of h."""
+  columns = units.columns(later)
+  if units.axes[later[0]] == CHANNELS:
+    return h @ w.down_c[:, columns]
+  return along_tokens(w.down_t[columns], h)
+
+
+def _up_across(w: Any, units: Units, i: int, crossed: Any) -> Array:
+  """What mixer i sees of those before it of the other axis, from D_i h of them."""
+  columns = units.columns(units.of(_OTHER[units.axes[i]], 0, i))
+  if units.axes[i] == CHANNELS:
+    return along_tokens(w.up_t[:, columns], crossed)
+  return crossed @ w.up_c[columns]
 
 
 def _group_backward(
-  form: _Form, mixers: list[Weights], y: Array, zs: list[Array], dy: Array
+  form: _Form,
+  mixers: list[Weights],
+  y: Array,
+  zs: list[Array],
+  crossed: list[Array | None],
+  dy: Array,
 ) -> tuple[list[Weights], list[Array], Array, Array]:
   """Gradients of the weights and of the taps, y before the group, and its gradient.
 
@@ -184,72 +215,90 @@ def _group_backward(
   gradient: dict[str, Any] = jax.tree.map(jnp.zeros_like, joint)._asdict()
   active, slopes = zip(*(_value_and_slope(form.gelu, z) for z in zs), strict=True)
   hs = [alpha * a for alpha, a in zip(w.alphas, active, strict=True)]
-  h = {axis: units.joined(hs, axis) for axis in _kinds(axes)}
+  h = _by_axis(units, hs)
   for one in _added(w, h, n) if form.reversible and m == n else ():
     y -= one
   dhs: list[Any] = [0.0] * len(axes)
   if CHANNELS in axes:
     gradient['up_c'] = along_channels_gradient(h[CHANNELS][:m], dy)
     gradient['bias_c'] = _sum_to(dy, (y.shape[2],))
-    units.add(dhs, CHANNELS, _padded(dy @ w.up_c.T, n))
+    _add(dhs, units.parts(_padded(dy @ w.up_c.T, n), units.of(CHANNELS)))
   if TOKENS in axes:
     gradient['up_t'] = _padded(along_tokens_gradient(dy, h[TOKENS]), n)
     gradient['bias_t'] = _padded(_sum_to(dy, (m, 1, 1)), n)
-    units.add(dhs, TOKENS, along_tokens(w.up_t[:m].T, dy))
+    _add(dhs, units.parts(along_tokens(w.up_t[:m].T, dy), units.of(TOKENS)))
+  pieces: list[list[Array]] = [[] for _ in axes]
   dzs: list[Any] = [None] * len(axes)
   for i in reversed(range(len(axes))):
+    axis, other = axes[i], _OTHER[axes[i]]
+    if pieces[i]:
+      d = units.joined(pieces[i], other)
+      dhs[i] += _down_across_backward(gradient, w, units, units.of(other, i + 1), hs[i], d)
     dzs[i] = w.alphas[i] * dhs[i] * slopes[i]
-    for other in _kinds(axes[:i]):
-      before = units.before(i, other)
-      part = h[other][..., before] if other == CHANNELS else h[other][before]
-      units.add(dhs, other, _across_backward(gradient, w, units, i, other, part, dzs[i]))
+    if alike := units.of(axis, 0, i):
+      _add(dhs, units.parts(_across_alike_backward(w, units, i, alike, dzs[i]), alike))
+    if others := units.of(other, 0, i):
+      d = _up_across_backward(gradient, w, units, i, crossed[i], dzs[i])
+      for k, piece in units.parts(d, others):
+        pieces[k].insert(0, piece)
   gradient['biases'] = [_sum_to(dz, b.shape) for dz, b in zip(dzs, joint.biases, strict=True)]
   gradient['alphas'] = [_sum_to(a * dh, ()) for a, dh in zip(active, dhs, strict=True)]
+  dz = _by_axis(units, dzs)
   dy = _padded(dy, n)
   if CHANNELS in axes:
-    dz = units.joined(dzs, CHANNELS)
-    gradient['down_c'] += along_channels_gradient(y, dz)
-    gradient['cross_c'] = _later(along_channels_gradient(h[CHANNELS], dz), units.rank)
-    dy += dz @ w.down_c.T
+    gradient['down_c'] += along_channels_gradient(y, dz[CHANNELS])
+    gradient['cross_c'] = _later(along_channels_gradient(h[CHANNELS], dz[CHANNELS]), units.rank)
+    dy += dz[CHANNELS] @ w.down_c.T
   if TOKENS in axes:
-    dz = units.joined(dzs, TOKENS)
-    gradient['down_t'] += along_tokens_gradient(dz, y)
-    gradient['cross_t'] = _later(along_tokens_gradient(h[TOKENS], dz), units.rank).T
-    dy += along_tokens(w.down_t.T, dz)
+    gradient['down_t'] += along_tokens_gradient(dz[TOKENS], y)
+    gradient['cross_t'] = _later(along_tokens_gradient(h[TOKENS], dz[TOKENS]), units.rank).T
+    dy += along_tokens(w.down_t.T, dz[TOKENS])
   return pull(Joint(**gradient))[0], dzs, y, dy
 
 
-def _across_backward(
-  gradient: dict[str, Any], w: Any, units: Units, i: int, axis: str, h: Array, dz: Array
+def _across_alike_backward(w: Any, units: Units, i: int, before: list[int], dz: Array) -> Array:
+  """The gradient of the h of mixers before mixer i, of its axis; `cross` gets its own elsewhere."""
+  own, earlier = units.columns([i]), units.columns(before)
+  if units.axes[i] == CHANNELS:
+    return dz @ w.cross_c[earlier, own].T
+  return along_tokens(w.cross_t[own, earlier].T, dz)
+
+
+def _down_across_backward(
+  gradient: dict[str, Any], w: Any, units: Units, later: list[int], h: Array, d: Array
 ) -> Array:
-  """The gradient of h in `_across`, given that of its result.
-
-  Adds those of the weights to `gradient`, but for `cross_c` and `cross_t`, which are made of all
-  mixers at once.
-  """
-  before, own = units.before(i, axis), units.columns(i)
-  if axis == units.axes[i]:
-    if axis == CHANNELS:
-      return dz @ w.cross_c[before, own].T
-    return along_tokens(w.cross_t[own, before].T, dz)
-  if axis == CHANNELS:
-    down = w.down_t[own]
-    inner = along_tokens(down, h)
-    gradient['up_c'] = gradient['up_c'].at[before].add(along_channels_gradient(inner, dz))
-    dz = dz @ w.up_c[before].T
-    gradient['down_t'] = gradient['down_t'].at[own].add(along_tokens_gradient(dz, h))
-    return along_tokens(down.T, dz)
-  down = w.down_c[:, own]
-  inner = h @ down
-  up = gradient['up_t'].at[:, before]
-  gradient['up_t'] = up.add(along_tokens_gradient(dz, inner))
-  dz = along_tokens(w.up_t[:, before].T, dz)
-  gradient['down_c'] = gradient['down_c'].at[:, own].add(along_channels_gradient(h, dz))
-  return dz @ down.T
+  """The gradient of h in `_down_across`; that of the weights is added to `gradient`."""
+  columns = units.columns(later)
+  if units.axes[later[0]] == CHANNELS:
+    down = gradient['down_c'].at[:, columns]
+    gradient['down_c'] = down.add(along_channels_gradient(h, d))
+    return d @ w.down_c[:, columns].T
+  gradient['down_t'] = gradient['down_t'].at[columns].add(along_tokens_gradient(d, h))
+  return along_tokens(w.down_t[columns].T, d)
 
 
-def _kinds(axes: Sequence[str]) -> list[str]:
-  return [axis for axis in (CHANNELS, TOKENS) if axis in axes]
+def _up_across_backward(
+  gradient: dict[str, Any], w: Any, units: Units, i: int, crossed: Any, dz: Array
+) -> Array:
+  """The gradient of `crossed` in `_up_across`; that of the weights is added to `gradient`."""
+  columns = units.columns(units.of(_OTHER[units.axes[i]], 0, i))
+  if units.axes[i] == CHANNELS:
+    up = gradient['up_t'].at[:, columns]
+    gradient['up_t'] = up.add(along_tokens_gradient(dz, crossed))
+    return along_tokens(w.up_t[:, columns].T, dz)
+  gradient['up_c'] = gradient['up_c'].at[columns].add(along_channels_gradient(crossed, dz))
+  return dz @ w.up_c[columns].T
+
+
+def _add(sums: list[Any], parts: list[tuple[int, Array]]) -> None:
+  for i, part in parts:
+    sums[i] += part
+
+
+def _by_axis(units: Units, each: Sequence[Array]) -> dict[str, Array]:
+  """Side by side what the mixers of each axis have."""
+  by = {axis: [each[i] for i in units.of(axis)] for axis in (CHANNELS, TOKENS)}
+  return {axis: units.joined(some, axis) for axis, some in by.items() if some}
 
 
 def _cast(joint: Joint, dtype: DType) -> Any:

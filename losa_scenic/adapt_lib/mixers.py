@@ -176,4 +176,4 @@ def group_size(rank: int) -> int:
   More of them read and write y less often, but their hidden units meet each other more often; as
   many as make about a hundred units along each axis.
   """
-  return 2 * min(6, max(2, 48 // rank))
+  return 2 * min(6, max(2, 96 // rank))

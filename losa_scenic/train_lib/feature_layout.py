@@ -18,10 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Num
+from jaxtyping import Float, Int8, Num
 
 from losa_scenic.adapt_lib.method import Method
+from losa_scenic.adapt_lib.token_products import tokens_first
 from losa_scenic.common_lib.types import Array, Params
+from losa_scenic.model_lib import attention
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.encoder import Encoded
 from losa_scenic.model_lib.spec import BackboneSpec
@@ -112,11 +114,11 @@ class Layout:
     """The leaves that rows hold, as far as their dtype could keep them."""
     values, start = [], 0
     for leaf in self.leaves:
-      x = rows[:, start : start + leaf.size].reshape(-1, *leaf.shape)
-      values.append(x.astype(jnp.float32) if self.dtype == 'int8' else x)
+      values.append(rows[:, start : start + leaf.size].reshape(-1, *leaf.shape))
       start += leaf.size
     if self.dtype == 'int8':
-      values = [x * scale for x, scale in zip(values, self._scales(rows, start), strict=True)]
+      scales = self._scales(rows, start)
+      values = [_whole(x, scale) for x, scale in zip(values, scales, strict=True)]
     return [x.astype(leaf.dtype) for x, leaf in zip(values, self.leaves, strict=True)]
 
   def _scales(self, rows: Array, start: int) -> list[Array]:
@@ -163,6 +165,16 @@ def _rounded(x: Float[Array, 'b *t d']) -> tuple[Array, Array]:
   scale = jnp.abs(x).max(-1) / 127
   divisor = jnp.where(scale > 0, scale, 1.0)[..., None]
   return jnp.round(x / divisor).astype(jnp.int8), scale
+
+
+def _whole(x: Int8[Array, 'b *t d'], scale: Float[Array, 'b *t 1']) -> Float[Array, 'b *t d']:
+  """The inverse of `_rounded`, in float32."""
+  if x.ndim != 3 or not attention.on_cpu():
+    return x.astype(jnp.float32) * scale
+  # CPUs: laid out with tokens first, as most side networks read them, while they are small; and
+  # made whole once, not by each operation that reads them.
+  x, scale = jax.lax.optimization_barrier((tokens_first(x), tokens_first(scale)))
+  return tokens_first(jax.lax.optimization_barrier(x.astype(jnp.float32) * scale))
 
 
 def read_by(encoded: Encoded, method: Method) -> Encoded:
