@@ -138,7 +138,7 @@ def _group(
   """
   axes = form.axes
   units, w = Units(axes, taps), _cast(join(axes, mixers, y.shape), y.dtype)
-  zs = [tap + bias for tap, bias in zip(taps, w.biases, strict=True)]
+  zs: list[Any] = [0.0] * len(axes)
   if CHANNELS in axes:
     _add(zs, units.parts(y @ w.down_c, units.of(CHANNELS)))
   if TOKENS in axes:
@@ -147,6 +147,7 @@ def _group(
   crossed: list[Array | None] = []
   hs: list[Array] = []
   for i, axis in enumerate(axes):
+    zs[i] += taps[i] + w.biases[i]
     crossed.append(units.joined(pieces[i], _OTHER[axis]) if pieces[i] else None)
     if pieces[i]:
       zs[i] += _up_across(w, units, i, crossed[i])

@@ -141,7 +141,10 @@ def loss_and_gradient(preset, memory, scan, options):
 
 @pytest.mark.parametrize(
   ('preset', 'options', 'scan'),
-  [*((*one, False) for one in OPTIONS), (*OPTIONS[1], True), (*OPTIONS[3], True)],
+  [
+    *((*one, i == 1) for i, one in enumerate(OPTIONS)),
+    pytest.param(*OPTIONS[3], True, marks=pytest.mark.slow),
+  ],
 )
 def test_every_mode_trains_alike(preset, options, scan):
   loss, want = loss_and_gradient(preset, 'fast', scan, options)

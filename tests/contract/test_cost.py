@@ -51,17 +51,23 @@ def test_step_runs_the_encoder_forward_only(method, pool, options):
   cost.check_spares_backbone(tiny(method, pool, **options), BATCH)
 
 
-def test_losa_on_vit_s16_costs_a_forward_pass_and_three_side_passes(record_property):
+def test_a_forward_pass_of_vit_s16_costs_what_is_published():
   spec = presets.preset('S/16')
+  model = Adapted(spec, methods.build('linear', spec, {}), num_classes=10)
+  # 2 x 4.6 G multiply-adds per image (DeiT-S, Touvron et al. 2021, Table 5).
+  assert cost.forward_flops(model, 2) == pytest.approx(2 * 2 * 4.6e9, rel=0.02)
+
+
+def test_losa_on_vit_s16_costs_a_forward_pass_and_three_side_passes(record_property):
+  spec = presets.preset('S/16', depth=4)
   model = Adapted(spec, methods.build('losa', spec, {'rank': 16}), num_classes=10)
   costs = cost.check_spares_backbone(model, batch_size=2)
   ratio = (costs['step'] - costs['forward']) / costs['side']
   record_property('training_passes_of_side_network', ratio)
   print({name: f'{value / 1e9:.3f} GFLOP' for name, value in costs.items()}, f'ratio {ratio:.4f}')
-  assert 2.5 < ratio < 3.1
+  # Of three passes less what nobody asks for: the gradient of y_0, which is frozen.
+  assert 2 < ratio < 3.1
   assert costs['step'] / (costs['forward'] + 3 * costs['side']) < 1.005
-  # 2 x 4.6 G multiply-adds per image (DeiT-S, Touvron et al. 2021, Table 5).
-  assert costs['forward'] == pytest.approx(2 * 2 * 4.6e9, rel=0.02)
 
 
 def test_backpropagation_through_the_encoder_is_noticed_by_operations():
