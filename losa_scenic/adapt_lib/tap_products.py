@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int8
 
-from losa_scenic.adapt_lib.group_weights import CHANNELS, TOKENS
+from losa_scenic.adapt_lib.group_weights import CHANNELS
 from losa_scenic.adapt_lib.token_products import (
   along_channels,
   along_channels_gradient,
@@ -69,26 +69,15 @@ def _forward(axis: str, seen: Array, kept: Any, down: Array) -> tuple[Array, Any
 
 
 def _backward(axis: str, kept: Any, dz: Array) -> tuple[Array, None, Array]:
-  if not isinstance(kept, tuple):
-    return dz, None, _gradient(axis, kept, None, dz)
-  # Else compilers make all of them whole before the first one is needed.
-  (b, scale), late = jax.lax.optimization_barrier((kept, dz))
-  return dz, None, _gradient(axis, b, scale, late)
-
-
-def _gradient(axis: str, b: Array, scale: Array | None, dz: Array) -> Array:
-  """That of D, for b or, if there are factors of its tokens, whole numbers b.
-
-  These are exact in any dtype, so that the product can read them as they are: the factors come to
-  the narrow side.
-  """
-  if axis == TOKENS:
-    return along_tokens_gradient(dz, b, scale).T
-  if scale is None:
-    return along_channels_gradient(b, dz)
-  top = scale.max()  # Else small gradients would vanish in float16.
-  dz = (dz * (scale / top)).astype(dz.dtype)
-  return top * along_channels_gradient(b.astype(dz.dtype), dz)
+  if isinstance(kept, tuple):
+    # Else compilers make all of them whole before the first one is needed.
+    (b, scale), dz = jax.lax.optimization_barrier((kept, dz))
+    b = whole_tokens(b, scale, dz.dtype)
+  else:
+    b = kept
+  if axis == CHANNELS:
+    return dz, None, along_channels_gradient(b, dz)
+  return dz, None, along_tokens_gradient(dz, b).T
 
 
 _product.defvjp(_forward, _backward)

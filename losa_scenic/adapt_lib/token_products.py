@@ -33,25 +33,21 @@ def along_tokens(w: Float[Array, 'm n'], x: Float[Array, 'n b d']) -> Float[Arra
 
 
 def along_tokens_gradient(
-  z: Float[Array, 'm b d'],
-  x: Num[Array, 'n b d'],
-  scale: Float[Array, 'n b 1'] | None = None,
+  z: Float[Array, 'm b d'], x: Float[Array, 'n b d']
 ) -> Float[Array, 'm n']:
-  """sum_bd z[m, b, d] x[n, b, d] scale[n, b]: the gradient of w in `along_tokens`.
+  """sum_bd z[m, b, d] x[n, b, d]: the gradient of w in `along_tokens`.
 
-  In float32, or in float64 if z is; so are all gradients of weights here.
+  In float32, or in float64 if x is; so are all gradients of weights here.
   """
   if attention.on_cpu():
-    x = x if scale is None else (x * scale).astype(z.dtype)
     return _product(z.reshape(z.shape[0], -1), x.reshape(x.shape[0], -1).T)
   # One product an image, and their sum: else both would be laid out anew, tokens first.
   each = jax.lax.dot_general(
-    *(tokens_first(z), tokens_first(x).astype(z.dtype)),
+    *(tokens_first(z), tokens_first(x)),
     (((2,), (2,)), ((0,), (0,))),
     preferred_element_type=_sums(z),
-  ).astype(wide(z.dtype))
-  # [b 1 n]: whole numbers x are exact in any dtype.
-  return (each if scale is None else each * jnp.transpose(scale, (1, 2, 0))).sum(0)
+  )
+  return each.astype(wide(z.dtype)).sum(0)
 
 
 def along_channels_gradient(

@@ -23,7 +23,6 @@ def arrays():
     't': rng.standard_normal((R, B, D)).astype(np.float32),
     'of_c': rng.standard_normal((D, R)).astype(np.float32),
     'of_t': rng.standard_normal((R, N)).astype(np.float32),
-    'scale': rng.random((N, B, 1)).astype(np.float32),
   }
 
 
@@ -32,16 +31,8 @@ PRODUCTS = {
   'rn,nbd->rbd': lambda a: token_products.along_tokens(a['of_t'], a['x']),
   'rbd,nbd->rn': lambda a: token_products.along_tokens_gradient(a['t'], a['x']),
   'nbd,nbr->dr': lambda a: token_products.along_channels_gradient(a['x'], a['c']),
-  'rbd,nbd,nbo->rn': lambda a: token_products.along_tokens_gradient(a['t'], a['x'], a['scale']),
 }
-NAMES = {
-  'nbd': 'x',
-  'nbr': 'c',
-  'rbd': 't',
-  'dr': 'of_c',
-  'rn': 'of_t',
-  'nbo': 'scale',
-}
+NAMES = {'nbd': 'x', 'nbr': 'c', 'rbd': 't', 'dr': 'of_c', 'rn': 'of_t'}
 
 
 @pytest.mark.parametrize('form', FORMS)
