@@ -103,7 +103,7 @@ def random_stats(model):
   )
 
 
-@pytest.mark.parametrize('scan', [False, True])
+@pytest.mark.parametrize('scan', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
   ('stages', 'stage_of', 'changes'),
   [(3, (0, 1, 2), {}), (2, (0, 0, 1), {'pool': 'map', 'image_size': 40})],

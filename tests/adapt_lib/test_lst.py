@@ -143,7 +143,7 @@ def test_losa_with_a_transformer_does_not_start_as_the_frozen_model():
   [
     # With the default of d / 8 = 4 channels here, softmax and norms outweigh the matrix products,
     # and the count of operations, which knows only of those, no longer tells.
-    ('lst', {'width': 8}),
+    pytest.param('lst', {'width': 8}, marks=pytest.mark.slow),  # See the contract of all methods.
     ('losa', {'adaptor': 'transformer'}),
   ],
 )

@@ -136,7 +136,7 @@ def sliced(super_params, model):
 
 
 @pytest.mark.parametrize('choice', CHOICES, ids=str)
-@pytest.mark.parametrize('pool', ['cls', 'map'])
+@pytest.mark.parametrize('pool', ['cls', pytest.param('map', marks=pytest.mark.slow)])
 def test_supernet_equals_the_network_that_is_cut_out_of_it(choice, pool, random_like, make_batch):
   options = {k: ','.join(map(str, row)) for k, row in zip(NAMES, choice, strict=True)}
   small, images = adapted(options, pool), make_batch(2)['inputs']

@@ -22,6 +22,8 @@ from losa_scenic.train_lib.state import TrainState
 METHODS = sorted(methods.METHODS)
 # One that only reads the weights, and those that compute with them in their own way.
 FEW = ('linear', 'full', 'losa', 'dora', 'toast', 'noah')
+# And one of each sort of insert.
+MORE = (*FEW, 'adapter', 'fact_tk', 'lora', 'repadapter', 'ssf', 'st_adapter', 'vera', 'vpt_deep')
 CLASSES = 5
 
 
@@ -65,8 +67,7 @@ POOL = {'st_adapter': 'gap'}
 @pytest.mark.parametrize(
   ('method', 'pool'),
   [
-    # HST is one layer after the other, and compiles for long.
-    pytest.param(m, POOL.get(m, 'cls'), marks=pytest.mark.slow if m == 'hst' else ())
+    pytest.param(m, POOL.get(m, 'cls'), marks=() if m in MORE else pytest.mark.slow)
     for m in METHODS
   ]
   + [('losa', 'map')],
@@ -100,11 +101,11 @@ def test_stack_and_unstack_are_inverse_and_fit_the_models(method):
   assert all(np.allclose(again[p], v) for p, v in trees.flatten(values).items())
 
 
-# Each dtype compiles every method once more: of float16, a few always, all with -m slow.
+# Each dtype compiles every method once more: a few always, all with -m slow.
 HALF = [
   pytest.param(
     *(dtype, tolerance, method),
-    marks=pytest.mark.slow if dtype == 'float16' and method not in FEW else (),
+    marks=() if method in (MORE if dtype == 'bfloat16' else FEW) else pytest.mark.slow,
   )
   for dtype, tolerance in (('bfloat16', 0.02), ('float16', 0.004))
   for method in METHODS

@@ -84,7 +84,14 @@ def features_before_and_after(model, params, images):
 # Merging probes each operation and takes seconds: of clips, a few methods always, all with -m slow.
 QUICK_CLIPS = ('full', 'lora', 'ssf', 'fact_tt')
 MERGED = [
-  *((method, options, 'test/8', 'map') for method, options in FOLDABLE),
+  # Of each method the first, and all with -m slow.
+  *(
+    pytest.param(
+      *(method, options, 'test/8', 'map'),
+      marks=pytest.mark.slow if method in [name for name, _ in FOLDABLE[:i]] else (),
+    )
+    for i, (method, options) in enumerate(FOLDABLE)
+  ),
   *(
     pytest.param(
       *(method, options, 'vivit-test/8x2', 'gap'),
