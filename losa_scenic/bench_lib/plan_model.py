@@ -11,11 +11,9 @@ differ, so each figure is a guess at what XLA's would plan:
              of compute, if that is another: of stacked layers all, else a quarter beside a side
              network, and of one layer without one.
 
-Where only the side network is differentiated, the peak is either at the end of the encoder (the
-outputs that the side network reads, and the encoder's workspace) or in the side network's backward
-pass. Checked against XLA's plans of 27 steps (JAX 0.10.2; ViT-S, B, g, e and ViViT-H; LoSA, LST,
-LoRA, adapters, linear probing, the last layers, full fine-tuning; three GPUs; 16 and 32 bits;
-loops, unrolled and rematerialised layers), see docs/planning.md.
+Where only the side network is differentiated, the peak is either at the end of the encoder (what is
+kept of the outputs that the side network reads, and the encoder's workspace) or in the side
+network's backward pass. How near that comes to XLA's plans: see docs/planning.md.
 """
 
 import collections
@@ -120,7 +118,7 @@ def _between(step: Step, images: int) -> int:
 
   given = state.trainable, frozen, batch
   encoded = jax.eval_shape(encode, *given)
-  taps = total_bytes(encoded.layers)
+  taps = min(total_bytes(encoded.layers), most)  # They may be kept in 8 bits, or not at all.
   return max(
     taps + 2 * _largest(encode, *given),
     most + 2 * _largest(loss, *given, encoded),
