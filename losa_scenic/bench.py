@@ -257,7 +257,7 @@ def _add_run(commands: Any) -> None:
     ('time_limit', float, 'seconds after which nothing new begins'),
   ):
     default = getattr(Request, name)
-    help = f'{text}' if kind is float else f'{text} (default: {default})'
+    help = text if kind is float else f'{text} (default: {default})'
     command.add_argument(f'--{name}', type=kind, help=help)
   command.add_argument(
     '--memory',

@@ -12,6 +12,7 @@ from losa_scenic.adapt_lib.mixer import Weights
 from losa_scenic.common_lib.types import Array
 
 CHANNELS, TOKENS = 'channels', 'tokens'
+OTHER = {CHANNELS: TOKENS, TOKENS: CHANNELS}
 
 
 class Joint(NamedTuple):
@@ -58,10 +59,9 @@ def join(axes: Sequence[str], mixers: Sequence[Weights], shape: Sequence[int]) -
   biases, seen = [], set()
   for axis, m in zip(axes, mixers, strict=True):
     along, across = (bias_c, bias_t) if axis == CHANNELS else (bias_t, bias_c)
-    other = TOKENS if axis == CHANNELS else CHANNELS
     bias = m.down_bias + along @ m.down if axis in seen else m.down_bias
     bias = bias[None]
-    if other in seen:
+    if OTHER[axis] in seen:
       bias = bias + across[:, None] * m.down.sum(0)
     biases.append(bias[:, None] if axis == CHANNELS else bias.T[:, None])
     added = m.alpha * m.up_bias

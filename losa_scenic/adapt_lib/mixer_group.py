@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from losa_scenic.adapt_lib.group_weights import CHANNELS, TOKENS, Joint, Units, join
+from losa_scenic.adapt_lib.group_weights import CHANNELS, OTHER, TOKENS, Joint, Units, join
 from losa_scenic.adapt_lib.mixer import Weights
 from losa_scenic.adapt_lib.token_products import (
   along_channels_gradient,
@@ -39,8 +39,6 @@ from losa_scenic.adapt_lib.token_products import (
 )
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
-
-_OTHER = {CHANNELS: TOKENS, TOKENS: CHANNELS}
 
 
 class _Form(NamedTuple):
@@ -148,13 +146,13 @@ def _group(
   hs: list[Array] = []
   for i, axis in enumerate(axes):
     zs[i] += taps[i] + w.biases[i]
-    crossed.append(units.joined(pieces[i], _OTHER[axis]) if pieces[i] else None)
+    crossed.append(units.joined(pieces[i], OTHER[axis]) if pieces[i] else None)
     if pieces[i]:
       zs[i] += _up_across(w, units, i, crossed[i])
     hs.append(w.alphas[i] * GELU[form.gelu](zs[i]))
     if alike := units.of(axis, i + 1):
       _add(zs, units.parts(_across_alike(w, units, i, alike, hs[i]), alike))
-    if others := units.of(_OTHER[axis], i + 1):
+    if others := units.of(OTHER[axis], i + 1):
       for k, piece in units.parts(_down_across(w, units, others, hs[i]), others):
         pieces[k].append(piece)
   y = y[: form.wanted]
@@ -191,7 +189,7 @@ def _down_across(w: Any, units: Units, later: list[int], h: Array) -> Array:
 
 def _up_across(w: Any, units: Units, i: int, crossed: Any) -> Array:
   """What mixer i sees of those before it of the other axis, from D_i h of them."""
-  columns = units.columns(units.of(_OTHER[units.axes[i]], 0, i))
+  columns = units.columns(units.of(OTHER[units.axes[i]], 0, i))
   if units.axes[i] == CHANNELS:
     return along_tokens(w.up_t[:, columns], crossed)
   return crossed @ w.up_c[columns]
@@ -231,7 +229,7 @@ def _group_backward(
   pieces: list[list[Array]] = [[] for _ in axes]
   dzs: list[Any] = [None] * len(axes)
   for i in reversed(range(len(axes))):
-    axis, other = axes[i], _OTHER[axes[i]]
+    axis, other = axes[i], OTHER[axes[i]]
     if pieces[i]:
       d = units.joined(pieces[i], other)
       dhs[i] += _down_across_backward(gradient, w, units, units.of(other, i + 1), hs[i], d)
@@ -282,7 +280,7 @@ def _up_across_backward(
   gradient: dict[str, Any], w: Any, units: Units, i: int, crossed: Any, dz: Array
 ) -> Array:
   """The gradient of `crossed` in `_up_across`; that of the weights is added to `gradient`."""
-  columns = units.columns(units.of(_OTHER[units.axes[i]], 0, i))
+  columns = units.columns(units.of(OTHER[units.axes[i]], 0, i))
   if units.axes[i] == CHANNELS:
     up = gradient['up_t'].at[:, columns]
     gradient['up_t'] = up.add(along_tokens_gradient(dz, crossed))

@@ -18,15 +18,6 @@ NAMES = ('test/8', 'vivit-B/16x2')
 SMALL = ('--backbone=test/8', '--method=losa')
 
 
-@pytest.fixture(autouse=True)
-def platforms():
-  """Later tests find the devices that they would have found."""
-  jax.devices()
-  before = jax.config.jax_platforms
-  yield
-  jax.config.update('jax_platforms', before)
-
-
 class Plan:
   """What XLA says of a compiled step, in bytes."""
 

@@ -30,15 +30,6 @@ SMALL = (QUICK, '--config.backbone=test/8', '--config.random_backbone=True', '--
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def platforms():
-  """Later tests find the devices that they would have found."""
-  jax.devices()
-  before = jax.config.jax_platforms
-  yield
-  jax.config.update('jax_platforms', before)
-
-
 @pytest.fixture
 def no_plugin(monkeypatch):
   def missing(**_):
