@@ -34,6 +34,7 @@ ACTIVATIONS = {'block': ('block',), 'mlp': ('mlp',), 'mhsa': ('attn',), 'both': 
 ADAPTORS = ('low_rank_mixer', 'low_rank_mlp', 'transformer')
 Y0 = ('b_L', 'b_0')
 MEMORY = ('auto', 'fast', 'balanced', 'smallest')
+KERNELS = ('xla', 'pallas')
 
 
 def build(
@@ -49,6 +50,7 @@ def build(
   map_head_lora_rank: int = 0,
   transformer_width: int | None = None,
   memory: str = 'auto',
+  kernel: str = 'xla',
 ) -> Method:
   """LoSA for a backbone.
 
@@ -71,6 +73,8 @@ def build(
     transformer_width: channels of the transformer; 48 when not given, as in the paper.
     memory: what training keeps of the outputs of blocks, see `side_memory`: 'fast', 'balanced',
       'smallest' or 'auto'.
+    kernel: 'xla', or 'pallas' for a kernel that changes y in one pass over it, see `side_kernel`.
+      Results are the same. For images, mixers of both axes and one device.
 
   Returns:
     The method. Trainable parameters without the classifier, for k taps (twice as many with 'both'):
@@ -108,6 +112,9 @@ def build(
     raise errors.UserError(
       f"LoSA memory='{memory}' is for mixers; adaptor 'transformer' keeps what it reads."
     )
+  errors.one_of('LoSA kernel', kernel, KERNELS)
+  if kernel == 'pallas' and (spec.frames or adaptor != 'low_rank_mixer'):
+    raise errors.UserError("LoSA kernel='pallas' is for images and adaptor 'low_rank_mixer'.")
   taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
   if adaptor == 'transformer':
     width = 48 if transformer_width is None else transformer_width
@@ -126,6 +133,7 @@ def build(
       alpha_init=alpha_init,
       gelu=spec.gelu,
       memory=memory,
+      kernel=kernel,
       size=None if spec.frames and mix_tokens else (spec.tokens, spec.width),
     )
   low_rank = functools.partial(inserts.LowRank, rank=map_head_lora_rank)
@@ -133,7 +141,8 @@ def build(
     dict.fromkeys(sites.MAP_HEAD_SITES, low_rank) if map_head_lora_rank else {}
   )
   exact = y0 == 'b_L' and adaptor != 'transformer'
-  return Method(inserts=head, collect=collect, side=side, exact_at_init=exact)
+  one_device = "LoSA kernel='pallas'" if kernel == 'pallas' else ''
+  return Method(head, collect=collect, side=side, exact_at_init=exact, one_device=one_device)
 
 
 def tap_indices(depth: int, k: int) -> tuple[int, ...]:

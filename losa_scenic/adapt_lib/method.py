@@ -37,6 +37,7 @@ class Run:
     normed: `normed(tokens, train=False)`: final norm, [b n d] -> [b n d].
     pooled: `pooled(tokens, train=False)`: pooling of normed tokens, [b n d] -> [b d].
     tokens_read: how many leading tokens of the last block the features depend on; None for all.
+    scanned: whether layers are scanned, so that what they give is stacked.
   """
 
   encode: Callable[..., Encoded]
@@ -44,6 +45,7 @@ class Run:
   normed: Callable[..., Array]
   pooled: Callable[..., Array]
   tokens_read: int | None = None
+  scanned: bool = False
 
   def features(self, tokens: Array, *, train: bool = False) -> Array:
     """Final norm and pooling, [b n d] -> [b d]; n may be no more than `tokens_read`."""
@@ -97,6 +99,7 @@ class Method:
     adds_tokens: layers see more tokens than the model's own, so no side network can read them.
     drops_tokens: in training, layers see fewer.
     exact_at_init: whether the adapted model's features equal the frozen one's before training.
+    one_device: the option that its step cannot be split over several devices with, or ''.
     files: digest of the files that options name, or ''; part of a checkpoint's identity.
     penalty: a scalar function of the trainable tree, classifier included, that training adds to the
       loss, or None. Evaluation leaves it out.
@@ -112,6 +115,7 @@ class Method:
   adds_tokens: bool = False
   drops_tokens: bool = False
   exact_at_init: bool = True
+  one_device: str = ''
   files: str = ''
   penalty: Callable[[Params], Array] | None = None
 
@@ -120,6 +124,13 @@ class Method:
     sites.check_layer_sites(self.collect)
     if sites.differ_by_layer(self.inserts) and not self.unrolled:
       raise ValueError('Inserts that differ by layer need unrolled=True.')
+
+  def check_devices(self, devices: int) -> None:
+    """Raises `UserError` if a step cannot be split over so many."""
+    if self.one_device and devices > 1:
+      raise errors.UserError(
+        f'{self.one_device} is for one device, not {devices}: leave it out, or set mesh.data=1.'
+      )
 
   @property
   def spares_backbone(self) -> bool:

@@ -1,5 +1,6 @@
 """LoSA's mixers, and the tokens of clips as they mix them."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -42,15 +43,55 @@ class MixerWeights(nn.Module):
   alpha_init: float = 1.0
 
   @nn.compact
-  def __call__(self, size: int) -> Weights:
-    """Those of an axis of that size."""
+  def __call__(self, size: int, count: int | None = None) -> Weights:
+    """Those of an axis of that size; of so many mixers, stacked, if a number is given."""
+    many, batch = ((), ()) if count is None else ((count,), 0)
+    zeros, down = nn.initializers.zeros, nn.initializers.he_uniform(batch_axis=batch)
     return Weights(
-      self.param('down_kernel', nn.initializers.he_uniform(), (size, self.rank)),
-      self.param('down_bias', nn.initializers.zeros, (self.rank,)),
-      self.param('up_kernel', nn.initializers.zeros, (self.rank, size)),
-      self.param('up_bias', nn.initializers.zeros, (size,)),
-      self.param('alpha', nn.initializers.constant(self.alpha_init), ()),
+      self.param('down_kernel', down, (*many, size, self.rank)),
+      self.param('down_bias', zeros, (*many, self.rank)),
+      self.param('up_kernel', zeros, (*many, self.rank, size)),
+      self.param('up_bias', zeros, (*many, size)),
+      self.param('alpha', nn.initializers.constant(self.alpha_init), many),
     )
+
+
+class LayerWeights(nn.Module):
+  """Makes the weights of the mixers of a layer of the side network, which have names.
+
+  Attributes:
+    rank: r of each.
+    alpha_init: alpha of each before training.
+  """
+
+  rank: int
+  alpha_init: float = 1.0
+
+  @nn.compact
+  def __call__(
+    self, sizes: Mapping[str, int], counts: Mapping[str, int] | None = None
+  ) -> dict[str, Weights]:
+    """By name.
+
+    Args:
+      sizes: of the axis of each.
+      counts: in how many layers there is each, for the weights of all layers, stacked.
+    """
+    return {
+      name: MixerWeights(self.rank, self.alpha_init, name=name)(size, (counts or {}).get(name))
+      for name, size in sizes.items()
+    }
+
+
+def rows(stacked: Float[Array, 'm ...']) -> list[Float[Array, '...']]:
+  """Those along the first axis."""
+  # Not indexed: the gradient of an index has the size of all of them.
+  return [row[0] for row in jax.lax.split(stacked, (1,) * len(stacked))]
+
+
+def each(weights: Weights) -> list[Weights]:
+  """Those of each of the mixers whose weights are stacked."""
+  return [Weights(*own) for own in zip(*map(rows, weights), strict=True)]
 
 
 def mix(weights: Weights, x: Float[Array, '...'], axis: int, gelu: str) -> Float[Array, '...']:

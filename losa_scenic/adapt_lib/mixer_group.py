@@ -22,15 +22,23 @@ of tokens (D [n r], hidden units [r b d]).
 
 import functools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from losa_scenic.adapt_lib import side_kernel
 from losa_scenic.adapt_lib.group_weights import CHANNELS, OTHER, TOKENS, Joint, Units, join
 from losa_scenic.adapt_lib.mixer import Weights
+from losa_scenic.adapt_lib.mixer_crossing import (
+  across_alike,
+  add,
+  down_across,
+  through_hidden,
+  up_across,
+)
 from losa_scenic.adapt_lib.token_products import (
   along_channels_gradient,
   along_tokens,
@@ -41,267 +49,175 @@ from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array, DType
 
 
-class _Form(NamedTuple):
-  """How mixers are computed; the arguments of `mix` that are no arrays."""
+class Form(NamedTuple):
+  """How a group of mixers is computed: what are no arrays.
+
+  Attributes:
+    axes: of each mixer, `CHANNELS` or `TOKENS`.
+    gelu: 'tanh' or 'erf'.
+    wanted: how many leading tokens of y after the group are made; None for all.
+    reversible: whether y before the group is had again from that after it.
+    fused: whether y is changed by `side_kernel`, where mixers of both axes change all of it.
+  """
 
   axes: tuple[str, ...]
   gelu: str
-  size: int
-  wanted: int | None
-  reversible: bool
-
-  def groups(self) -> list[tuple['_Form', slice]]:
-    """Of each group: its own form, and which mixers it has."""
-    slices = [slice(i, i + self.size) for i in range(0, len(self.axes), self.size)]
-    groups = [(self._replace(axes=self.axes[some], wanted=None), some) for some in slices]
-    last, some = groups[-1]
-    return [*groups[:-1], (last._replace(wanted=self.wanted), some)]
+  wanted: int | None = None
+  reversible: bool = False
+  fused: bool = False
 
 
-def mix(
-  axes: Sequence[str],
-  mixers: Sequence[Weights],
-  taps: Sequence[Array],
+def forward(
+  form: Form,
+  weights: Mapping[str, Weights],
   y: Float[Array, 'n b d'],
-  gelu: str,
-  size: int,
-  wanted: int | None = None,
-  *,
-  reversible: bool = False,
-) -> Float[Array, 'm b d']:
-  """y_i = g_i(b_i + y_{i-1}) + y_{i-1} for mixers in a row.
+  taps: Sequence[Array],
+) -> tuple[Float[Array, 'm b d'], 'Kept']:
+  """y after a group of mixers, and what is kept for its gradient.
 
   Args:
-    axes: of each mixer, `CHANNELS` or `TOKENS`.
-    mixers: their weights, float32.
-    taps: D_i b_i, what each reads of the backbone: [n b r] or [r b d].
-    y: y_0.
-    gelu: 'tanh' or 'erf'.
-    size: mixers of a group.
-    wanted: how many leading tokens of the last y are; None for all. The last group makes no others.
-    reversible: keep no y but the last one for the backward pass.
+    form: of the group.
+    weights: of each axis, those of its mixers in turn, with a leading axis, float32.
+    y: before the group; its dtype is that of all products.
+    taps: D_i b_i, what each mixer reads of the backbone: [n b r] or [r b d].
 
   Returns:
-    Those tokens of y after the last mixer, in the dtype of y, which is that of all products.
+    What is wanted of y after it, and what `backward` needs.
   """
-  return _mix(_Form(tuple(axes), gelu, size, wanted, reversible), list(mixers), y, list(taps))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _mix(form: _Form, mixers: list[Weights], y: Array, taps: list[Array]) -> Array:
-  return _forward(form, mixers, y, taps)[0]
-
-
-def _forward(form: _Form, mixers: list[Weights], y: Array, taps: list[Array]) -> tuple[Array, Any]:
-  starts: list[Array] = []
-  kept: list[Any] = []
-  for group, some in form.groups():
-    starts.append(y)
-    y, zs, crossed = _group(group, mixers[some], y, taps[some])
-    kept.append((zs, crossed))
-  if form.reversible:
-    starts = starts[-1:] if len(y) < len(starts[-1]) else [y]
-  return y, (mixers, starts, kept)
-
-
-def _backward(form: _Form, kept: Any, dy: Array) -> tuple[list[Weights], Array, list[Array]]:
-  mixers, starts, of_groups = kept
-  gradients: list[Weights] = []
-  dzs: list[Array] = []
-  y = starts[-1]
-  for k, (group, some) in reversed(list(enumerate(form.groups()))):
-    if not form.reversible:
-      y = starts[k]
-    # One group after the other: nothing of it is made before, and nothing of size y is left after.
-    given = jax.lax.optimization_barrier((mixers[some], y, *of_groups[k], dy))
-    of_mixers, of_taps, y, dy = _group_backward(group, *given)
-    if k:
-      y, dy, of_mixers, of_taps = jax.lax.optimization_barrier((y, dy, of_mixers, of_taps))
-    else:
-      # y_0 is often frozen. Its gradient is then not made, unless a barrier needs it.
-      of_mixers, of_taps = jax.lax.optimization_barrier((of_mixers, of_taps))
-    gradients, dzs = of_mixers + gradients, of_taps + dzs
-  return gradients, dy, dzs
-
-
-_mix.defvjp(_forward, _backward)
-
-
-def _group(
-  form: _Form, mixers: list[Weights], y: Array, taps: list[Array]
-) -> tuple[Array, list[Array], list[Array | None]]:
-  """What is wanted of y after a group, its z, and what its mixers see of those of the other axis.
-
-  Of that the narrow side, D_i h_j for mixers i and j of different axes: [r b r], side by side.
-  """
-  axes = form.axes
-  units, w = Units(axes, taps), _cast(join(axes, mixers, y.shape), y.dtype)
-  zs: list[Any] = [0.0] * len(axes)
-  if CHANNELS in axes:
-    _add(zs, units.parts(y @ w.down_c, units.of(CHANNELS)))
-  if TOKENS in axes:
-    _add(zs, units.parts(along_tokens(w.down_t, y), units.of(TOKENS)))
+  axes, units, w = form.axes, _units(form, weights), _cast(join(form.axes, weights), y.dtype)
+  first = {}
+  if CHANNELS in w:
+    first[CHANNELS] = y @ w[CHANNELS].down + w[CHANNELS].z_bias
+  if TOKENS in w:
+    first[TOKENS] = along_tokens(w[TOKENS].down, y) + w[TOKENS].z_bias
+  zs, alphas = units.own(first), _alphas(axes, weights, y.dtype)
   pieces: list[list[Array]] = [[] for _ in axes]
   crossed: list[Array | None] = []
   hs: list[Array] = []
   for i, axis in enumerate(axes):
-    zs[i] += taps[i] + w.biases[i]
+    zs[i] += taps[i]
     crossed.append(units.joined(pieces[i], OTHER[axis]) if pieces[i] else None)
-    if pieces[i]:
-      zs[i] += _up_across(w, units, i, crossed[i])
-    hs.append(w.alphas[i] * GELU[form.gelu](zs[i]))
+    if crossed[i] is not None:
+      zs[i] += up_across(w, units, i, crossed[i])
+    hs.append(alphas[i] * GELU[form.gelu](zs[i]))
     if alike := units.of(axis, i + 1):
-      _add(zs, units.parts(_across_alike(w, units, i, alike, hs[i]), alike))
+      add(zs, units.parts(across_alike(w, units, i, alike, hs[i]), alike))
     if others := units.of(OTHER[axis], i + 1):
-      for k, piece in units.parts(_down_across(w, units, others, hs[i]), others):
+      for k, piece in units.parts(down_across(w, units, others, hs[i]), others):
         pieces[k].append(piece)
-  y = y[: form.wanted]
-  for one in _added(w, _by_axis(units, hs), form.wanted):
-    y += one
-  return y, zs, crossed
+  return _changed(form, y[: form.wanted], w, units.by_axis(hs)), Kept(zs, crossed)
 
 
-def _added(w: Any, h: Mapping[str, Array], m: int | None) -> list[Array]:
-  """What hidden units add to the first m tokens of y, or to all."""
-  terms = []
-  if CHANNELS in h:
-    terms.append(h[CHANNELS][:m] @ w.up_c + w.bias_c)
-  if TOKENS in h:
-    terms.append(along_tokens(w.up_t[:m], h[TOKENS]) + w.bias_t[:m])
-  return terms
+class Kept(NamedTuple):
+  """What is kept of a group for its gradient.
+
+  Attributes:
+    zs: of each mixer, [n b r] or [r b d].
+    crossed: what each mixer sees of those before it of the other axis. Of that the narrow side,
+      D_i h_j for mixers i and j of different axes: [r b r], side by side; None without any.
+  """
+
+  zs: list[Array]
+  crossed: list[Array | None]
 
 
-def _across_alike(w: Any, units: Units, i: int, later: list[int], h: Array) -> Array:
-  """D U_i h_i, as later mixers of the axis of mixer i see it."""
-  own, later_ones = units.columns([i]), units.columns(later)
-  if units.axes[i] == CHANNELS:
-    return h @ w.cross_c[own, later_ones]
-  return along_tokens(w.cross_t[later_ones, own], h)
+def _changed(
+  form: Form, y: Array, w: Mapping[str, Joint], h: Mapping[str, Array], sign: int = 1
+) -> Array:
+  """The first tokens of y, or all, with what hidden units add to them, or without it."""
+  m = len(y)
+  if form.fused and len(w) == 2 and m == len(h[CHANNELS]):
+    c, t = w[CHANNELS], w[TOKENS]
+    biases = sign * c.y_bias, sign * t.y_bias
+    return side_kernel.widen(y, sign * h[CHANNELS], c.up, sign * h[TOKENS], t.up, biases)
+  if CHANNELS in w:
+    y += sign * (h[CHANNELS][:m] @ w[CHANNELS].up + w[CHANNELS].y_bias)
+  if TOKENS in w:
+    y += sign * (along_tokens(w[TOKENS].up[:m], h[TOKENS]) + w[TOKENS].y_bias[:m])
+  return y
 
 
-def _down_across(w: Any, units: Units, later: list[int], h: Array) -> Array:
-  """D h for later mixers of the other axis than that of h."""
-  columns = units.columns(later)
-  if units.axes[later[0]] == CHANNELS:
-    return h @ w.down_c[:, columns]
-  return along_tokens(w.down_t[columns], h)
+def backward(
+  form: Form,
+  weights: Mapping[str, Weights],
+  y: Float[Array, 'n b d'],
+  kept: Kept,
+  dy: Float[Array, 'm b d'],
+) -> tuple[dict[str, Weights], list[Array], Float[Array, 'n b d'], Float[Array, 'n b d']]:
+  """The gradient of `forward`.
 
+  Args:
+    form: of the group.
+    weights: as for `forward`.
+    y: before the group, or if it is reversible and made all tokens, that after it.
+    kept: what `forward` gave.
+    dy: the gradient of what it made of y.
 
-def _up_across(w: Any, units: Units, i: int, crossed: Any) -> Array:
-  """What mixer i sees of those before it of the other axis, from D_i h of them."""
-  columns = units.columns(units.of(OTHER[units.axes[i]], 0, i))
-  if units.axes[i] == CHANNELS:
-    return along_tokens(w.up_t[:, columns], crossed)
-  return crossed @ w.up_c[columns]
-
-
-def _group_backward(
-  form: _Form,
-  mixers: list[Weights],
-  y: Array,
-  zs: list[Array],
-  crossed: list[Array | None],
-  dy: Array,
-) -> tuple[list[Weights], list[Array], Array, Array]:
-  """Gradients of the weights and of the taps, y before the group, and its gradient.
-
-  `y` is that before the group, or if it is reversed that after it; `dy` of the tokens wanted.
+  Returns:
+    Gradients of the weights (float32) and of the taps, y before the group, and its gradient.
   """
   axes, n, m = form.axes, len(y), len(dy)
   # Made again: kept, what all groups have would be as much as their weights.
-  joint, pull = jax.vjp(functools.partial(join, axes, shape=y.shape), mixers)
-  units, w = Units(axes, zs), _cast(joint, y.dtype)
-  gradient: dict[str, Any] = jax.tree.map(jnp.zeros_like, joint)._asdict()
-  active, slopes = zip(*(_value_and_slope(form.gelu, z) for z in zs), strict=True)
-  hs = [alpha * a for alpha, a in zip(w.alphas, active, strict=True)]
-  h = _by_axis(units, hs)
-  for one in _added(w, h, n) if form.reversible and m == n else ():
-    y -= one
-  dhs: list[Any] = [0.0] * len(axes)
-  if CHANNELS in axes:
-    gradient['up_c'] = along_channels_gradient(h[CHANNELS][:m], dy)
-    gradient['bias_c'] = _sum_to(dy, (y.shape[2],))
-    _add(dhs, units.parts(_padded(dy @ w.up_c.T, n), units.of(CHANNELS)))
-  if TOKENS in axes:
-    gradient['up_t'] = _padded(along_tokens_gradient(dy, h[TOKENS]), n)
-    gradient['bias_t'] = _padded(_sum_to(dy, (m, 1, 1)), n)
-    _add(dhs, units.parts(along_tokens(w.up_t[:m].T, dy), units.of(TOKENS)))
-  pieces: list[list[Array]] = [[] for _ in axes]
-  dzs: list[Any] = [None] * len(axes)
-  for i in reversed(range(len(axes))):
-    axis, other = axes[i], OTHER[axes[i]]
-    if pieces[i]:
-      d = units.joined(pieces[i], other)
-      dhs[i] += _down_across_backward(gradient, w, units, units.of(other, i + 1), hs[i], d)
-    dzs[i] = w.alphas[i] * dhs[i] * slopes[i]
-    if alike := units.of(axis, 0, i):
-      _add(dhs, units.parts(_across_alike_backward(w, units, i, alike, dzs[i]), alike))
-    if others := units.of(other, 0, i):
-      d = _up_across_backward(gradient, w, units, i, crossed[i], dzs[i])
-      for k, piece in units.parts(d, others):
-        pieces[k].insert(0, piece)
-  gradient['biases'] = [_sum_to(dz, b.shape) for dz, b in zip(dzs, joint.biases, strict=True)]
-  gradient['alphas'] = [_sum_to(a * dh, ()) for a, dh in zip(active, dhs, strict=True)]
-  dz = _by_axis(units, dzs)
+  joint, pull = jax.vjp(functools.partial(join, axes), weights)
+  units, w = _units(form, weights), _cast(joint, y.dtype)
+  active, slopes = zip(*(_value_and_slope(form.gelu, z) for z in kept.zs), strict=True)
+  alphas = _alphas(axes, weights, y.dtype)
+  hs = [alpha * a for alpha, a in zip(alphas, active, strict=True)]
+  h = units.by_axis(hs)
+  if form.reversible and m == n:
+    y = _changed(form, y, w, h, -1)
+  first = {}
+  if CHANNELS in w:
+    first[CHANNELS] = _padded(dy @ w[CHANNELS].up.T, n)
+  if TOKENS in w:
+    first[TOKENS] = along_tokens(w[TOKENS].up[:m].T, dy)
+  dhs, dzs, crossing = through_hidden(units, w, hs, alphas, slopes, kept.crossed, units.own(first))
+  dz = units.by_axis(dzs)
+  of_joint = {}
+  if CHANNELS in w:
+    of_joint[CHANNELS] = Joint(
+      down=along_channels_gradient(y, dz[CHANNELS]) + crossing.down[CHANNELS],
+      up=along_channels_gradient(h[CHANNELS][:m], dy) + crossing.up[CHANNELS],
+      cross=_later(along_channels_gradient(h[CHANNELS], dz[CHANNELS]), units.rank),
+      z_bias=_sum_to(dz[CHANNELS], joint[CHANNELS].z_bias.shape),
+      y_bias=_sum_to(dy, joint[CHANNELS].y_bias.shape),
+    )
+  if TOKENS in w:
+    of_joint[TOKENS] = Joint(
+      down=along_tokens_gradient(dz[TOKENS], y) + crossing.down[TOKENS],
+      up=_padded(along_tokens_gradient(dy, h[TOKENS]), n) + crossing.up[TOKENS],
+      cross=_later(along_tokens_gradient(h[TOKENS], dz[TOKENS]), units.rank).T,
+      z_bias=_sum_to(dz[TOKENS], joint[TOKENS].z_bias.shape),
+      y_bias=_padded(_sum_to(dy, (m, 1, 1)), n),
+    )
   dy = _padded(dy, n)
-  if CHANNELS in axes:
-    gradient['down_c'] += along_channels_gradient(y, dz[CHANNELS])
-    gradient['cross_c'] = _later(along_channels_gradient(h[CHANNELS], dz[CHANNELS]), units.rank)
-    dy += dz[CHANNELS] @ w.down_c.T
-  if TOKENS in axes:
-    gradient['down_t'] += along_tokens_gradient(dz[TOKENS], y)
-    gradient['cross_t'] = _later(along_tokens_gradient(h[TOKENS], dz[TOKENS]), units.rank).T
-    dy += along_tokens(w.down_t.T, dz[TOKENS])
-  return pull(Joint(**gradient))[0], dzs, y, dy
+  if form.fused and len(w) == 2:
+    c, t = w[CHANNELS].down.T, w[TOKENS].down.T
+    dy = side_kernel.widen(dy, dz[CHANNELS], c, dz[TOKENS], t)
+  else:
+    if CHANNELS in w:
+      dy += dz[CHANNELS] @ w[CHANNELS].down.T
+    if TOKENS in w:
+      dy += along_tokens(w[TOKENS].down.T, dz[TOKENS])
+  gradient = pull(of_joint)[0]
+  for axis, own in gradient.items():
+    of_alphas = [_sum_to(active[i] * dhs[i], ()) for i in units.of(axis)]
+    gradient[axis] = own._replace(alpha=own.alpha + jnp.stack(of_alphas))
+  return gradient, dzs, y, dy
 
 
-def _across_alike_backward(w: Any, units: Units, i: int, before: list[int], dz: Array) -> Array:
-  """The gradient of the h of mixers before mixer i, of its axis; `cross` gets its own elsewhere."""
-  own, earlier = units.columns([i]), units.columns(before)
-  if units.axes[i] == CHANNELS:
-    return dz @ w.cross_c[earlier, own].T
-  return along_tokens(w.cross_t[own, earlier].T, dz)
+def _units(form: Form, weights: Mapping[str, Weights]) -> Units:
+  return Units(form.axes, next(iter(weights.values())).down.shape[-1])
 
 
-def _down_across_backward(
-  gradient: dict[str, Any], w: Any, units: Units, later: list[int], h: Array, d: Array
-) -> Array:
-  """The gradient of h in `_down_across`; that of the weights is added to `gradient`."""
-  columns = units.columns(later)
-  if units.axes[later[0]] == CHANNELS:
-    down = gradient['down_c'].at[:, columns]
-    gradient['down_c'] = down.add(along_channels_gradient(h, d))
-    return d @ w.down_c[:, columns].T
-  gradient['down_t'] = gradient['down_t'].at[columns].add(along_tokens_gradient(d, h))
-  return along_tokens(w.down_t[columns].T, d)
+def _alphas(axes: Sequence[str], weights: Mapping[str, Weights], dtype: DType) -> list[Array]:
+  """That of each mixer, in turn."""
+  by_axis = {axis: iter(own.alpha.astype(dtype)) for axis, own in weights.items()}
+  return [next(by_axis[axis]) for axis in axes]
 
 
-def _up_across_backward(
-  gradient: dict[str, Any], w: Any, units: Units, i: int, crossed: Any, dz: Array
-) -> Array:
-  """The gradient of `crossed` in `_up_across`; that of the weights is added to `gradient`."""
-  columns = units.columns(units.of(OTHER[units.axes[i]], 0, i))
-  if units.axes[i] == CHANNELS:
-    up = gradient['up_t'].at[:, columns]
-    gradient['up_t'] = up.add(along_tokens_gradient(dz, crossed))
-    return along_tokens(w.up_t[:, columns].T, dz)
-  gradient['up_c'] = gradient['up_c'].at[columns].add(along_channels_gradient(crossed, dz))
-  return dz @ w.up_c[columns].T
-
-
-def _add(sums: list[Any], parts: list[tuple[int, Array]]) -> None:
-  for i, part in parts:
-    sums[i] += part
-
-
-def _by_axis(units: Units, each: Sequence[Array]) -> dict[str, Array]:
-  """Side by side what the mixers of each axis have."""
-  by = {axis: [each[i] for i in units.of(axis)] for axis in (CHANNELS, TOKENS)}
-  return {axis: units.joined(some, axis) for axis, some in by.items() if some}
-
-
-def _cast(joint: Joint, dtype: DType) -> Any:
-  return jax.tree.map(lambda x: x.astype(dtype), joint)
+def _cast(joint: Mapping[str, Joint], dtype: DType) -> dict[str, Joint]:
+  return jax.tree.map(lambda x: x.astype(dtype), dict(joint))
 
 
 def _value_and_slope(gelu: str, z: Array) -> tuple[Array, Array]:

@@ -69,18 +69,27 @@ def _forward(axis: str, seen: Array, kept: Any, down: Array) -> tuple[Array, Any
 
 
 def _backward(axis: str, kept: Any, dz: Array) -> tuple[Array, None, Array]:
+  return dz, None, down_gradient(kept, dz, axis)
+
+
+_product.defvjp(_forward, _backward)
+
+
+def down_gradient(kept: Any, dz: Array, axis: str) -> Float[Array, 's r']:
+  """The gradient of W_d in D b: float32.
+
+  Args:
+    kept: b as in `Tap`.
+    dz: the gradient of D b.
+    axis: see `read`.
+  """
   if isinstance(kept, tuple):
     # Else compilers make all of them whole before the first one is needed.
     (b, scale), dz = jax.lax.optimization_barrier((kept, dz))
     b = whole_tokens(b, scale, dz.dtype)
   else:
     b = kept
-  if axis == CHANNELS:
-    return dz, None, along_channels_gradient(b, dz)
-  return dz, None, along_tokens_gradient(dz, b).T
-
-
-_product.defvjp(_forward, _backward)
+  return along_channels_gradient(b, dz) if axis == CHANNELS else along_tokens_gradient(dz, b).T
 
 
 def round_tokens(

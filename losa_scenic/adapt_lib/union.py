@@ -81,6 +81,7 @@ def union(methods: Mapping[str, Method]) -> Method:
     drops_tokens=bool(dropping),
     files='+'.join(part.files for part in parts if part.files),
     exact_at_init=all(part.exact_at_init for part in parts),
+    one_device=', '.join(part.one_device for part in parts if part.one_device),
     penalty=_sum([part.penalty for part in parts if part.penalty]),
   )
 

@@ -122,7 +122,7 @@ class Step:
       errors.UserError: if the mesh or the batch does not suit the devices.
     """
     mesh = sharding.make_mesh(self.mesh, devices)
-    self.check_batch_size(mesh)
+    self.check_mesh(mesh)
     state, frozen = self.state
     everywhere, frozen_shardings = sharding.replicated(mesh), _shardings(frozen, mesh)
     placed = jax.jit(
@@ -135,8 +135,9 @@ class Step:
       lowered = placed.lower(state, frozen, self.batch())
     return lowered.compile(compiler_options=dict(options) if options else None)
 
-  def check_batch_size(self, mesh: Mesh) -> None:
+  def check_mesh(self, mesh: Mesh) -> None:
     """Raises `UserError` unless every device gets equally many images, in each part."""
+    self.model.method.check_devices(mesh.size)
     visits = self.model.stream.microbatches if self.model.stream else 1
     sharding.check_batch_size('batch_size', self.batch_size, mesh, self.accumulate, visits)
 
@@ -149,7 +150,7 @@ class Step:
       errors.UserError: if the mesh or the batch does not suit so many devices.
     """
     made = sharding.make_mesh(self.mesh, range(devices))
-    self.check_batch_size(made)
+    self.check_mesh(made)
     mesh: Any = AbstractMesh(tuple(made.shape.values()), tuple(made.shape))
     state, frozen = self.state
     where = trees.flatten(sharding.frozen_shardings(frozen, mesh))

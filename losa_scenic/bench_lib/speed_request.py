@@ -20,7 +20,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'batch_size': 64,
     'dtype': 'bfloat16',
     # The last ones are those that are left out if the time is not enough.
-    'rows': 'forward,losa64,timm_forward,peft_lora32,timm_full,linear,losa64_host,'
+    'rows': 'forward,losa64,timm_forward,peft_lora32,timm_full,losa64_fused,linear,losa64_host,'
     'losa64_balanced,losa64_smallest,losa64_int8',
     'torch_compile': 'blocks',
     'memory': True,
@@ -42,6 +42,7 @@ WANTED = (
   ('cpu', 'losa16_x8', 'forward', 1 / 1.35),
   ('gpu', 'forward', 'timm_forward', 1.0),
   ('gpu', 'losa64', 'forward', 0.86),
+  ('gpu', 'losa64_fused', 'forward', 0.95),
   ('gpu', 'losa64', 'peft_lora32', 3.5),
   ('gpu', 'losa64', 'timm_full', 3.7),
   ('gpu', 'losa64_host', 'losa64', 0.9),

@@ -181,8 +181,8 @@ def _losa(rank: int, **fields: Any) -> Fields:
   return {'method': 'losa', 'method_configs.losa.rank': rank, **fields}
 
 
-def _memory(mode: str) -> Fields:
-  return {'method_configs.losa.memory': mode}
+def _option(name: str, value: str) -> Fields:
+  return {f'method_configs.losa.{name}': value}
 
 
 _LORA = {'rank': 32, 'targets': 'qkv,out,fc1,fc2'}
@@ -202,11 +202,14 @@ OWN: dict[str, Row] = {
   # The folder is not touched: what would be read from it is computed once.
   'losa16_cached': trained('LoSA r=16, cached features', _losa(16, **{'feature_cache.dir': 'no'})),
   'losa16_x8': trained('eight LoSA r=16 at once', _losa(16, population=_EIGHT)),
+  'losa64_fused': trained(
+    'LoSA r=64, one kernel for y', _losa(64, **_option('kernel', 'pallas')), default=False
+  ),
   'losa64_balanced': trained(
-    'LoSA r=64, memory=balanced', _losa(64, **_memory('balanced')), default=False
+    'LoSA r=64, memory=balanced', _losa(64, **_option('memory', 'balanced')), default=False
   ),
   'losa64_smallest': trained(
-    'LoSA r=64, memory=smallest', _losa(64, **_memory('smallest')), default=False
+    'LoSA r=64, memory=smallest', _losa(64, **_option('memory', 'smallest')), default=False
   ),
   'losa64_int8': trained(
     'LoSA r=64, int8 backbone', _losa(64, backbone_quantisation='w8a8'), default=False

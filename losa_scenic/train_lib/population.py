@@ -115,6 +115,7 @@ def build_program(
   gather = sharding.gather(frozen_shardings, mesh)
   states, inits, train_steps, eval_steps = {}, {}, {}, {}
   for name, member in made.items():
+    member.model.flax_model.method.check_devices(mesh.size)
     member.model.backbone = model.backbone
     tx = optimizers.get_optimizer(member.config, member.learning_rate)
     states[name] = _first_state(member, tx, _rng(rng, config, member), everywhere, inits)

@@ -78,6 +78,7 @@ def build_program(
   if config.export_backbone:
     fold.check_model(model.flax_model)
   check_inputs(config, dataset, model.backbone.spec)
+  model.flax_model.method.check_devices(mesh.size)
   layout = None
   if config.feature_cache.dir:
     layout = feature_trace.of_model(model.flax_model, config.feature_cache.dtype)

@@ -16,7 +16,7 @@ from losa_scenic.adapt_lib import inserts, losa, methods, mixers
 from losa_scenic.adapt_lib import mixer as mixer_lib
 from losa_scenic.adapt_lib.method import Run, partition, split_head
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import presets
+from losa_scenic.model_lib import encoder, presets
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.encoder import Encoded, read_layers
 from losa_scenic.model_lib.sites import Ctx
@@ -55,25 +55,22 @@ def reference(params, stream, start, grid, mix_tokens, kind):
   y = np.array(start, np.float64)
   for i, tap in enumerate(stream):
     x, g = tap.astype(np.float64) + y, np.zeros_like(y)
+    of = params[f'layers_{i // 2 if mix_tokens else i}'].__getitem__
     b, n, d = x.shape
     if not mix_tokens or i % 2 == 0:
       for image, token in itertools.product(range(b), range(n)):
-        g[image, token] = mix_vector(params[f'layer_{i}_channel'], x[image, token], kind)
+        g[image, token] = mix_vector(of('channel'), x[image, token], kind)
     elif frames == 1:
       for image, channel in itertools.product(range(b), range(d)):
-        g[image, :, channel] = mix_vector(params[f'layer_{i}_token'], x[image, :, channel], kind)
+        g[image, :, channel] = mix_vector(of('token'), x[image, :, channel], kind)
     else:
       for image, channel in itertools.product(range(b), range(d)):
         for t in range(frames):
           at = slice(t * space, (t + 1) * space)
-          g[image, at, channel] += mix_vector(
-            params[f'layer_{i}_spatial'], x[image, at, channel], kind
-          )
+          g[image, at, channel] += mix_vector(of('spatial'), x[image, at, channel], kind)
         for s in range(space):
           at = slice(s, None, space)
-          g[image, at, channel] += mix_vector(
-            params[f'layer_{i}_temporal'], x[image, at, channel], kind
-          )
+          g[image, at, channel] += mix_vector(of('temporal'), x[image, at, channel], kind)
     y = g + y
   return y
 
@@ -195,7 +192,8 @@ def test_model_wires_the_backbones_outputs_into_the_side_network(
   backbone = {'params': params['backbone']}
   given = plain.apply(backbone, images, method='encode')
   stream = [np.asarray(given.layers[name][tap]) for tap in (1, 2) for name in names]
-  y = reference(params['side'], stream, given.tokens, spec.grid, True, 'tanh')
+  side = encoder.unstack_layers(params['side'])
+  y = reference(side, stream, given.tokens, spec.grid, True, 'tanh')
   want = plain.apply(backbone, jnp.asarray(y, jnp.float32), method='features')
   np.testing.assert_allclose(have, want, rtol=1e-4, atol=1e-4)
 

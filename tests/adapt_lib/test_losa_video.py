@@ -77,9 +77,9 @@ def test_without_temporal_mixers_each_frame_is_adapted_as_an_image(random_like):
   clips = Adapted(clip, losa.build(clip, rank=RANK, mix_time=False), CLASSES)
   params = random_like(frames.param_shapes())
   moved = {
-    path.replace('_spatial/', '_token/'): path for path in trees.flatten(clips.param_shapes())
+    path.replace('/spatial/', '/token/'): path for path in trees.flatten(clips.param_shapes())
   }
-  assert set(moved) == set(trees.flatten(params)) and any('_spatial/' in p for p in moved.values())
+  assert set(moved) == set(trees.flatten(params)) and any('/spatial/' in p for p in moved.values())
   same = trees.unflatten({moved[path]: value for path, value in trees.flatten(params).items()})
   inputs = random_like(np.zeros((BATCH, *clip.input_shape)), scale=1.0)
   have = clips.apply({'params': same}, inputs, method='features')

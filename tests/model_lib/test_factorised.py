@@ -155,7 +155,7 @@ def test_methods_for_clips_mix_time(name, random_like):
   x, other = clips(spec), clips(spec)
   other[:, 4:] += 1.0
   if name == 'losa':
-    assert trees.flatten(params)['side/layer_1_temporal/down_kernel'].shape[0] == 3
+    assert trees.flatten(params)['side/layers_0/temporal/down_kernel'].shape[0] == 3
 
   @jax.jit
   def first_time(x):

@@ -61,14 +61,17 @@ class LoSA(Side):
     return y
 
   def layer(self, i, x):
-    if self.options.get('adaptor') == 'low_rank_mlp' or i % 2 == 0:
-      return self.mix(f'side/layer_{i}_channel', x)
+    if self.options.get('adaptor') == 'low_rank_mlp':
+      return self.mix(f'side/layers_{i}/channel', x)
+    path = f'side/layers_{i // 2}'
+    if i % 2 == 0:
+      return self.mix(f'{path}/channel', x)
     if self.spec.frames:
       clip = x.reshape(len(x), self.spec.grid[0], -1, x.shape[-1])
-      space = self.mix(f'side/layer_{i}_spatial', clip.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
-      time = self.mix(f'side/layer_{i}_temporal', clip.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+      space = self.mix(f'{path}/spatial', clip.transpose(0, 1, 3, 2)).transpose(0, 1, 3, 2)
+      time = self.mix(f'{path}/temporal', clip.transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
       return (space + time).reshape(x.shape)
-    return self.mix(f'side/layer_{i}_token', x.swapaxes(1, 2)).swapaxes(1, 2)
+    return self.mix(f'{path}/token', x.swapaxes(1, 2)).swapaxes(1, 2)
 
   def mix(self, path, x):
     p = self.table(path)
