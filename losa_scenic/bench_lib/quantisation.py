@@ -91,7 +91,7 @@ class Features:
     self._params = params
     self._run: Callable[..., Outputs] = jax.jit(
       lambda params, images: model.apply({'params': params}, images, method=outputs),
-      compiler_options=compiler.options(int8_products=kind == 'w8a8'),
+      compiler_options=compiler.options(kind),
     )
 
   def __call__(self, images: np.ndarray) -> Outputs:

@@ -147,7 +147,7 @@ def step(fields: Fields, setting: Setting) -> Run:
 def forward(fields: Fields, setting: Setting) -> Run:
   """Logits of the batch, and nothing that only training needs."""
   model = ClassificationModel(config_of(setting, fields), {'num_classes': setting.num_classes})
-  options = compiler.options(int8_products=model.flax_model.quantisation == 'w8a8')
+  options = compiler.options(model.flax_model.quantisation)
   trainable, frozen = model.init_params(jax.random.key(0))
   images = jax.device_put(setting.images())
 

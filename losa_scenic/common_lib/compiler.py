@@ -16,16 +16,16 @@ _CPU = {'xla_cpu_experimental_ynn_fusion_type': 'LIBRARY_FUSION_TYPE_REDUCE'}
 GPU = {'xla_gpu_dot_merger_threshold_mb': 0}
 
 
-def options(*, int8_products: bool = False) -> dict[str, Any] | None:
+def options(quantisation: str | None = None) -> dict[str, Any] | None:
   """`compiler_options` of `jax.jit` for the default backend; None for XLA's own choice.
 
   They change how fast a program runs, its memory and the order of sums in it, nothing else.
 
   Args:
-    int8_products: whether most of the program's products are of int8 matrices.
+    quantisation: of the backbone, or None: most products of 'w8a8' are of int8 matrices.
   """
   backend = jax.default_backend()
-  return None if int8_products and backend == 'cpu' else _if_known(backend)
+  return None if quantisation == 'w8a8' and backend == 'cpu' else _if_known(backend)
 
 
 @functools.cache

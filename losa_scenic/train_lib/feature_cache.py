@@ -104,7 +104,7 @@ def _encode(program: Program, layout: feature_layout.Layout) -> Encode:
   compiled = jax.jit(
     functools.partial(layout.encode, program.encoder),
     out_shardings=sharding.batched(program.mesh),
-    compiler_options=compiler.options(),
+    compiler_options=compiler.options(program.encoder.quantisation),
   )
 
   def encode(images: Num[np.ndarray, 'b ...']) -> Num[np.ndarray, 'b items']:

@@ -152,7 +152,7 @@ def jitted(
       in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
       out_shardings=everywhere,
       donate_argnums=donated,
-      compiler_options=compiler.options(int8_products=model.flax_model.quantisation == 'w8a8'),
+      compiler_options=compiler.options(model.flax_model.quantisation),
     )
 
   return jit(train_step, 0), jit(eval_step)

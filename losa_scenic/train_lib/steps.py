@@ -16,6 +16,8 @@ from losa_scenic.train_lib.stopping import ASKED
 
 LossFn = Callable[[Array, Batch], Array]
 MetricsFn = Callable[[Array, Batch], Metrics]
+# Values of a parameter that is small: a bias, but no matrix.
+_SMALL = 8192
 
 
 def train_step(
@@ -84,9 +86,12 @@ def train_step(
 
 def _norm(tree: PyTree) -> Array:
   """The Euclidean norm of all leaves together."""
-  # Stacked, not added one by one: a sum of hundreds of scalars takes compilers long.
-  squares = [jnp.sum(jnp.square(x), dtype=jnp.float32) for x in jax.tree.leaves(tree)]
-  return jnp.sqrt(jnp.stack(squares).sum())
+  # Small ones in a row: a sum of each takes compilers long where there are hundreds, and GPUs a
+  # launch.
+  leaves = jax.tree.leaves(tree)
+  small = [x.ravel() for x in leaves if x.size < _SMALL]
+  large = [x for x in leaves if x.size >= _SMALL]
+  return optax.tree.norm([*large, jnp.concatenate(small)] if small else large)
 
 
 def _gradient_fn(

@@ -212,6 +212,13 @@ def test_what_does_not_change_features_finds_them(usual):
     assert folders(folder, **{field: value}) == before
 
 
+def test_a_cache_is_filled_by_a_program_for_its_kind_of_products(tmp_path, monkeypatch):
+  asked = []
+  monkeypatch.setattr(feature_cache.compiler, 'options', lambda *kind: asked.extend(kind))
+  opened(tmp_path, backbone_quantisation='w8a8')
+  assert asked == ['w8a8']
+
+
 def test_random_weights_are_told_apart_by_their_values(usual):
   folder, _ = usual
   zeros, ones = (folders(folder, {'a': f(2)}, backbone='test/8') for f in (np.zeros, np.ones))
