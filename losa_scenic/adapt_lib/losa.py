@@ -116,6 +116,8 @@ def build(
   if kernel == 'pallas' and (spec.frames or adaptor != 'low_rank_mixer'):
     raise errors.UserError("LoSA kernel='pallas' is for images and adaptor 'low_rank_mixer'.")
   taps, collect = tap_indices(spec.depth, num_layers), ACTIVATIONS[activation]
+  if kernel == 'pallas':
+    _check_kernel(spec, rank, len(taps) * len(collect))
   if adaptor == 'transformer':
     width = 48 if transformer_width is None else transformer_width
     small = ladder.side_spec(spec, width, 'backbone', None)
@@ -143,6 +145,16 @@ def build(
   exact = y0 == 'b_L' and adaptor != 'transformer'
   one_device = "LoSA kernel='pallas'" if kernel == 'pallas' else ''
   return Method(head, collect=collect, side=side, exact_at_init=exact, one_device=one_device)
+
+
+def _check_kernel(spec: BackboneSpec, rank: int, mixers_: int) -> None:
+  """Raises `UserError` if there is no group of mixers of both axes that makes all tokens."""
+  groups = -(-mixers_ // mixers.group_size(rank))
+  if mixers_ < 2 or (groups == 1 and spec.pool.startswith('cls')):
+    raise errors.UserError(
+      f"LoSA kernel='pallas' has no effect: {mixers_} mixers of rank {rank} are one group, "
+      'which makes only what pooling reads, or mixes one axis. A larger rank makes more groups.'
+    )
 
 
 def tap_indices(depth: int, k: int) -> tuple[int, ...]:

@@ -38,6 +38,7 @@ class Run:
     pooled: `pooled(tokens, train=False)`: pooling of normed tokens, [b n d] -> [b d].
     tokens_read: how many leading tokens of the last block the features depend on; None for all.
     scanned: whether layers are scanned, so that what they give is stacked.
+    frozen: whether no gradient is wanted of what the encoder gives.
   """
 
   encode: Callable[..., Encoded]
@@ -46,6 +47,7 @@ class Run:
   pooled: Callable[..., Array]
   tokens_read: int | None = None
   scanned: bool = False
+  frozen: bool = True
 
   def features(self, tokens: Array, *, train: bool = False) -> Array:
     """Final norm and pooling, [b n d] -> [b d]; n may be no more than `tokens_read`."""
@@ -129,7 +131,8 @@ class Method:
     """Raises `UserError` if a step cannot be split over so many."""
     if self.one_device and devices > 1:
       raise errors.UserError(
-        f'{self.one_device} is for one device, not {devices}: leave it out, or set mesh.data=1.'
+        f'{self.one_device} is for one device, not {devices}: leave it out, or show JAX one '
+        'alone with CUDA_VISIBLE_DEVICES=0.'
       )
 
   @property

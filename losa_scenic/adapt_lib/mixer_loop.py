@@ -1,6 +1,6 @@
 """All mixers of LoSA, one group after the other: see `mixer_group`.
 
-Unrolled: each mixer has its own weights and what it reads of the backbone, which was read when the
+Unrolled: each mixer has its own weights, and what it reads of the backbone, mostly read when the
 backbone's layer ran. Scanned: weights and outputs of layers are stacked, and a loop of the program
 reads the outputs of a group and computes it; what is compiled is one group, however many there are.
 """
@@ -170,8 +170,7 @@ def scanned(
   form: Form,
   weights: Mapping[str, Weights],
   y: Float[Array, 'n b d'],
-  outputs: Sequence[Float[Array, 'l b n d']],
-  taps: Sequence[int],
+  outputs: Sequence[Float[Array, 'k b n d']],
   *,
   rounded: bool = False,
 ) -> Float[Array, 'm b d']:
@@ -181,8 +180,7 @@ def scanned(
     form: of all; groups have whole periods of axes and of sites.
     weights: of each axis, those of its mixers, with a leading axis [mixers].
     y: y_0.
-    outputs: of each site that is read, those of all layers.
-    taps: the layers that are read, sites in turn at each.
+    outputs: of each site that is read, those of the layers that are; sites in turn at each layer.
     rounded: keep the outputs in 8 bits, for gradients of down projections.
 
   Returns:
@@ -196,7 +194,7 @@ def scanned(
   both = {axis: _split(own, counts[axis]) for axis, own in weights.items()}
   if loops:
     one = form.of_group(slice(form.size))
-    where = jnp.asarray(taps[: many // sites]).reshape(loops, -1)
+    where = jnp.arange(many // sites).reshape(loops, -1)
     of_groups = jax.tree.map(
       lambda w: w.reshape(loops, -1, *w.shape[1:]), {axis: own for axis, (own, _) in both.items()}
     )
@@ -205,7 +203,7 @@ def scanned(
     return y
   axes = form.axes[many:]
   mixers = in_turn(axes, {axis: each(own) for axis, (_, own) in both.items()})
-  bs = [outputs[i % sites][taps[i // sites]] for i in range(many, len(form.axes))]
+  bs = [outputs[i % sites][i // sites] for i in range(many, len(form.axes))]
   taps_ = read(axes, mixers, bs, rounded=rounded)
   return unrolled(form._replace(axes=axes), mixers, y, taps_)
 

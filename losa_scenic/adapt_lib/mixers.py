@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import numpy as np
 from jaxtyping import Float, Num
 
 from losa_scenic.adapt_lib import clip_mixers, mixer, mixer_loop, side_memory, tap_products
@@ -12,6 +13,7 @@ from losa_scenic.adapt_lib.group_weights import CHANNELS, TOKENS
 from losa_scenic.adapt_lib.method import Run
 from losa_scenic.adapt_lib.token_products import tokens_first
 from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib import attention
 from losa_scenic.model_lib.encoder import Encoded
 
 
@@ -55,7 +57,7 @@ class Mixers(nn.Module):
       mode = side_memory.choose(self.memory, y, len(stream))
       weights = self._weights_of_clips(encoded, run.scanned)
       y = clip_mixers.mix(weights, stream, y, encoded, self.gelu, mode)
-    elif run.scanned and self.memory != 'smallest':
+    elif run.scanned and run.frozen and self.memory != 'smallest':
       y = self._scanned(run.encode(inputs, train=train), run.tokens_read)
     else:
       by_axis = _named_by_axis(self._each(self._sizes, run.scanned))
@@ -119,15 +121,19 @@ class Mixers(nn.Module):
   def _scanned(self, encoded: Encoded, wanted: int | None) -> Float[Array, 'b m d']:
     """So many tokens of y_L, of images, from outputs of layers that are stacked."""
     y, outputs = tokens_first(self._start(encoded)), [encoded.layers[s] for s in self.collect]
-    # Pairs are quickest to compile.
-    form = self._form(y, wanted)._replace(size=2)
+    if len(self.taps) < len(outputs[0]):
+      outputs = [each[np.asarray(self.taps)] for each in outputs]
+    form = self._form(y, wanted)
+    if attention.on_cpu():  # There layers are scanned to be compiled quickly, as pairs are.
+      form = form._replace(size=2)
     weights = _named_by_axis(self._stacked(self._sizes))
-    y = mixer_loop.scanned(form, weights, y, outputs, self.taps, rounded=form.reversible)
+    y = mixer_loop.scanned(form, weights, y, outputs, rounded=form.reversible)
     return tokens_first(y)
 
   def _form(self, y: Float[Array, 'n b d'], wanted: int | None) -> mixer_loop.Form:
     """How mixers of images are computed."""
-    mode, fused = side_memory.choose(self.memory, y, self._many), self.kernel == 'pallas'
+    mode = side_memory.choose(self.memory, y, self._many)
+    fused = self.kernel == 'pallas' and not attention.is_plain()
     return mixer_loop.Form(
       tuple(self._axes), self.gelu, group_size(self.rank), wanted, mode != 'fast', fused
     )

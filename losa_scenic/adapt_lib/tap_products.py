@@ -29,7 +29,8 @@ class Tap(NamedTuple):
 
   Attributes:
     seen: D b, tokens first: [n b r] along channels, [r b d] along tokens.
-    kept: b for the gradient of D, tokens first: [n b d], or in 8 bits as `round_tokens` gives it.
+    kept: b for the gradient of D, tokens first: [n b d], or in 8 bits as `round_tokens` gives it;
+      None where that gradient is made elsewhere.
   """
 
   seen: Array
@@ -37,7 +38,7 @@ class Tap(NamedTuple):
 
 
 def read(b: Float[Array, 'b n d'], down: Float[Array, 's r'], axis: str, *, rounded: bool) -> Tap:
-  """What a mixer reads, in the dtype of b; `down` gets its gradient in `product` only.
+  """What a mixer reads, in the dtype of b, without a gradient of `down`: see `down_gradient`.
 
   Args:
     b: tokens of the backbone.

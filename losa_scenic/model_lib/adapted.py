@@ -119,7 +119,15 @@ class Adapted(nn.Module):
     def pooled(tokens: Array, *, train: bool = False) -> Array:
       return self.backbone.pooled(tokens, shared=shared, train=train)
 
-    run = Run(encode, encode_twice, normed, pooled, self.backbone.tokens_read, self.scan)
+    run = Run(
+      encode,
+      encode_twice,
+      normed,
+      pooled,
+      self.backbone.tokens_read,
+      scanned=self.scan,
+      frozen=self.method.spares_backbone,
+    )
     if self.side is not None:
       return self.side(run, inputs, train=train)
     return run.features(run.encode(inputs, train=train).tokens, train=train)

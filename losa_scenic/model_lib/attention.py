@@ -112,6 +112,11 @@ def on_cpu() -> bool:
   return _way.get() is None and jax.default_backend() == 'cpu'
 
 
+def is_plain() -> bool:
+  """Whether what is traced now shall have no kernels, but products and loops that can be read."""
+  return _way.get() == 'plain'
+
+
 def _has_kernel() -> bool:
   """Whether the device that programs run on by default is an NVIDIA GPU from Ampere on."""
   if jax.default_backend() != 'gpu':

@@ -16,7 +16,7 @@ from losa_scenic.train_lib.stopping import ASKED
 
 LossFn = Callable[[Array, Batch], Array]
 MetricsFn = Callable[[Array, Batch], Metrics]
-# Values of a parameter that is small: a bias, but no matrix.
+# Parameters of fewer values are small.
 _SMALL = 8192
 
 

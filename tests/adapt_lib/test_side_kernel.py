@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from losa_scenic.adapt_lib import losa, mixer_group, side_kernel
 from losa_scenic.adapt_lib.method import combine, partition
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import presets
+from losa_scenic.model_lib import attention, presets
 from losa_scenic.model_lib.adapted import Adapted
 
 
@@ -25,6 +25,7 @@ def arrays(seed, dtype, *shapes):
   st.tuples(st.integers(1, 40), st.integers(1, 40)),
   st.booleans(),
 )
+@example((70, 2, 140), (40, 33), True)  # More than one tile each way.
 def test_the_kernel_adds_both_products(shape, units, with_bias):
   (n, b, d), (r, s) = shape, units
   given = arrays(n, jnp.float32, (n, b, d), (n, b, r), (r, d), (s, b, d), (n, s), (d,), (n, 1, 1))
@@ -44,18 +45,29 @@ def test_sums_are_not_rounded_on_the_way():
   assert np.all(np.abs(have - want) <= np.abs(want) / 250 + 1e-4)
 
 
-@pytest.mark.parametrize('pool', ['cls', 'gap'])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_it_is_lowered_for_gpus(dtype):
+  shapes = (257, 2, 1408), (257, 2, 128), (128, 1408), (128, 2, 1408), (257, 128)
+  given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+  with attention.using('fused'):
+    lowered = jax.jit(side_kernel.widen).trace(*given).lower(lowering_platforms=('cuda',))
+  assert 'triton' in lowered.as_text()
+
+
+@pytest.mark.parametrize(('pool', 'scan'), [('cls', False), ('gap', False), ('gap', True)])
 @pytest.mark.parametrize('memory', ['fast', 'balanced'])
-def test_training_is_the_same(pool, memory, monkeypatch):
+def test_training_is_the_same(pool, scan, memory, monkeypatch):
   changes = {} if pool == 'cls' else {'pool': 'gap', 'class_token': False}
   spec = presets.preset('test/8', depth=8, **changes)
   calls = []
   widen = side_kernel.widen
-  monkeypatch.setattr(mixer_group.side_kernel, 'widen', lambda *x: calls.append(1) or widen(*x))
+  monkeypatch.setattr(
+    mixer_group.side_kernel, 'widen', lambda *x: calls.append(len(x)) or widen(*x)
+  )
 
   def gradient(kernel):
     method = losa.build(spec, rank=48, kernel=kernel, memory=memory)
-    model = Adapted(spec, method, num_classes=5)
+    model = Adapted(spec, method, num_classes=5, scan=scan)
     inputs = jax.random.normal(jax.random.key(1), model.input_shape(3))
     params = jax.jit(model.init)(jax.random.key(0), inputs)['params']
     trained, frozen = partition(params, method)
@@ -72,7 +84,8 @@ def test_training_is_the_same(pool, memory, monkeypatch):
   want = gradient('xla')
   assert not calls
   have = gradient('pallas')
-  assert calls
+  # With biases, as forwards, and without, as backwards.
+  assert set(calls) == {6, 5}
   whole = np.linalg.norm([np.linalg.norm(x) for x in want.values()])
   for path, x in want.items():
     error = np.linalg.norm(have[path] - x) / max(np.linalg.norm(x), 1e-2 * whole)
@@ -84,9 +97,11 @@ def test_what_the_kernel_is_not_for_is_an_error():
     losa.build(presets.preset('vivit-test/8x2'), kernel='pallas')
   with pytest.raises(errors.UserError, match="adaptor 'low_rank_mixer'"):
     losa.build(presets.preset('test/8'), kernel='pallas', adaptor='low_rank_mlp')
+  with pytest.raises(errors.UserError, match='has no effect: 12 mixers of rank 8 are one group'):
+    losa.build(presets.preset('test/8', depth=12), kernel='pallas', rank=8)
   with pytest.raises(errors.UserError, match='LoSA kernel'):
     losa.build(presets.preset('test/8'), kernel='triton')
-  method = losa.build(presets.preset('test/8'), kernel='pallas')
+  method = losa.build(presets.preset('test/8', depth=8), kernel='pallas', rank=48)
   method.check_devices(1)
   with pytest.raises(errors.UserError, match="LoSA kernel='pallas' is for one device, not 2"):
     method.check_devices(2)

@@ -36,12 +36,10 @@ def in_a_loop(axes, mixers, stream, y, gelu, wanted=None, rounded=False, reversi
   """The same of outputs that are stacked, site by site, and so are weights, axis by axis."""
   by = {axis: [m for m, own in zip(mixers, axes, strict=True) if own == axis] for axis in axes}
   weights = {axis: jax.tree.map(lambda *w: jnp.stack(w), *own) for axis, own in by.items()}
-  # Every other layer is not read.
-  each = [jnp.stack([b for b in stream[site::sites] for _ in range(2)]) for site in range(sites)]
-  taps = [2 * i for i in range(len(stream) // sites)]
+  each = [jnp.stack(stream[site::sites]) for site in range(sites)]
   form = mixer_loop.Form(tuple(axes), gelu, 2, wanted, reversible)
   y = tokens_first(y)
-  return tokens_first(mixer_loop.scanned(form, weights, y, each, taps, rounded=rounded))
+  return tokens_first(mixer_loop.scanned(form, weights, y, each, rounded=rounded))
 
 
 def values(rng, *shape):

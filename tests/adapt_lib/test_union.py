@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from losa_scenic.adapt_lib import inserts, methods
-from losa_scenic.adapt_lib.method import Method, nothing, partition
+from losa_scenic.adapt_lib.method import Method, combine, nothing, partition
 from losa_scenic.adapt_lib.union import union
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import presets, sites
+from losa_scenic.model_lib import encoder, presets, sites
 from losa_scenic.model_lib.adapted import Adapted
 
 SPEC = presets.preset('test/8')
@@ -203,3 +203,26 @@ def test_low_rank_of_a_union_is_found_under_its_own_name():
   paths = trees.describe(jax.tree.map(lambda s: s, Adapted(SPEC, method, 5).param_shapes()))
   layer = 'backbone/encoder/layers_0/insert_query'
   assert paths[f'{layer}/first/a'][0] == [32, 2] and paths[f'{layer}/second/a'][0] == [32, 3]
+
+
+def test_inserts_learn_through_what_a_side_network_reads_scanned_as_unrolled(
+  random_like, make_batch
+):
+  spec, images = presets.preset('test/8', depth=6), make_batch(2)['inputs']
+  method = methods.build('losa+lora', spec, {'losa': {'rank': 2}, 'lora': {'rank': 2}})
+  params = random_like(Adapted(spec, method, 5).param_shapes(), scale=0.3)
+
+  def gradient(scan):
+    model = Adapted(spec, method, 5, scan=scan)
+    trained, frozen = partition(encoder.stack_layers(params) if scan else params, method)
+
+    def loss(trained):
+      logits = model.apply({'params': combine(trained, frozen)}, images, train=True)
+      return jax.numpy.sin(logits).sum()
+
+    return jax.jit(jax.grad(loss))(trained)
+
+  want = trees.flatten(encoder.stack_layers(gradient(False)))
+  for path, have in trees.flatten(gradient(True)).items():
+    np.testing.assert_allclose(have, want[path], rtol=1e-3, atol=1e-4, err_msg=path)
+  assert any('insert_query' in path and np.any(leaf) for path, leaf in want.items())

@@ -93,6 +93,8 @@ def test_residuals_of_losa_are_those_of_the_side_network(scan):
   # Of each of the 3 mixers b and its hidden units, of channels or of tokens; y before each group;
   # and of the class token, the only one that is read, what the final norm needs.
   if scan:  # A loop over one pair, and the last mixer by itself, with its b once more.
+    whole = {s: count for s, count in large.items() if n in s and d in s}
+    assert set(whole) == {(3, BATCH, n, d), (1, n, BATCH, d), (n, BATCH, d)}
     assert large[3, BATCH, n, d] == large[1, n, BATCH, d] == 1 and large[n, BATCH, d] <= 2
     assert large[1, n, BATCH, 4] == large[n, BATCH, 4] == large[1, 4, BATCH, d] == 1
     return
