@@ -39,6 +39,11 @@ GOALS = {
     2000,
   ),
   'ViT-g': ((*IMAGES, '--config.batch_size=1', '--num_classes=8142'), 2200),
+  'ViT-g, batch 16, with a kernel': (
+    (*IMAGES, '--config.batch_size=16', '--num_classes=8142')
+    + ('--config.method_configs.losa.kernel=pallas',),
+    2750,
+  ),
   'ViT-g on a V100': (
     (*IMAGES, '--config.batch_size=1', '--num_classes=8142', '--device=v100-16gb')
     + ('--config.model_dtype_str=float16', '--config.frozen_dtype_str=float16'),
