@@ -159,7 +159,7 @@ def _stacked(axes: Sequence[str], mixers: Sequence[Weights]) -> dict[str, Weight
 
 
 class _Group(NamedTuple):
-  """A group of the loop: its form, how many sites are read in turn, and how that is kept."""
+  """A group of the loop: its form, how many sites are read in turn, and if in 8 bits for later."""
 
   form: mixer_group.Form
   sites: int
@@ -204,8 +204,8 @@ def scanned(
   axes = form.axes[many:]
   mixers = in_turn(axes, {axis: each(own) for axis, (_, own) in both.items()})
   bs = [outputs[i % sites][i // sites] for i in range(many, len(form.axes))]
-  taps_ = read(axes, mixers, bs, rounded=rounded)
-  return unrolled(form._replace(axes=axes), mixers, y, taps_)
+  taps = read(axes, mixers, bs, rounded=rounded)
+  return unrolled(form._replace(axes=axes), mixers, y, taps)
 
 
 def read(

@@ -8,8 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from losa_scenic.adapt_lib import losa, mixer_group, side_kernel
-from losa_scenic.adapt_lib.method import combine, partition
-from losa_scenic.common_lib import errors, trees
+from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import attention, presets
 from losa_scenic.model_lib.adapted import Adapted
 
@@ -56,7 +55,7 @@ def test_it_is_lowered_for_gpus(dtype):
 
 @pytest.mark.parametrize(('pool', 'scan'), [('cls', False), ('gap', False), ('gap', True)])
 @pytest.mark.parametrize('memory', ['fast', 'balanced'])
-def test_training_is_the_same(pool, scan, memory, monkeypatch):
+def test_training_is_the_same(pool, scan, memory, loss_and_gradient, monkeypatch):
   changes = {} if pool == 'cls' else {'pool': 'gap', 'class_token': False}
   spec = presets.preset('test/8', depth=8, **changes)
   calls = []
@@ -67,19 +66,7 @@ def test_training_is_the_same(pool, scan, memory, monkeypatch):
 
   def gradient(kernel):
     method = losa.build(spec, rank=48, kernel=kernel, memory=memory)
-    model = Adapted(spec, method, num_classes=5, scan=scan)
-    inputs = jax.random.normal(jax.random.key(1), model.input_shape(3))
-    params = jax.jit(model.init)(jax.random.key(0), inputs)['params']
-    trained, frozen = partition(params, method)
-    trained = jax.tree.map(
-      lambda x: x + 0.1 * jnp.cos(1.7 * jnp.arange(x.size)).reshape(x.shape), trained
-    )
-
-    def loss(trained):
-      logits = model.apply({'params': combine(trained, frozen)}, inputs, train=True)
-      return jnp.sin(logits).sum()
-
-    return trees.flatten(jax.jit(jax.grad(loss))(trained))
+    return loss_and_gradient(Adapted(spec, method, num_classes=5, scan=scan))[1]
 
   want = gradient('xla')
   assert not calls

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from losa_scenic.adapt_lib import losa, methods, mixer, mixer_loop, side_memory, tap_products
-from losa_scenic.adapt_lib.method import combine, partition
 from losa_scenic.adapt_lib.token_products import tokens_first
-from losa_scenic.common_lib import errors, trees
+from losa_scenic.common_lib import errors
 from losa_scenic.model_lib import presets
 from losa_scenic.model_lib.adapted import Adapted
 
@@ -150,25 +149,6 @@ OPTIONS = [
 ]
 
 
-def loss_and_gradient(preset, memory, scan, options):
-  spec = presets.preset(preset)
-  method = methods.build('losa', spec, {'rank': 5, 'memory': memory, **options})
-  model = Adapted(spec, method, num_classes=5, scan=scan)
-  inputs = jax.random.normal(jax.random.key(1), model.input_shape(3))
-  params = jax.jit(model.init)(jax.random.key(0), inputs)['params']
-  trained, frozen = partition(params, method)
-  # What starts at zero gives other weights no gradient.
-  trained = jax.tree.map(
-    lambda x: x + 0.1 * jnp.cos(1.7 * jnp.arange(x.size)).reshape(x.shape), trained
-  )
-
-  def loss(trained):
-    logits = model.apply({'params': combine(trained, frozen)}, inputs, train=True)
-    return jnp.sin(logits).sum()
-
-  return jax.jit(jax.value_and_grad(loss))(trained)
-
-
 @pytest.mark.parametrize(
   ('preset', 'options', 'scan'),
   [
@@ -176,17 +156,22 @@ def loss_and_gradient(preset, memory, scan, options):
     pytest.param(*OPTIONS[3], True, marks=pytest.mark.slow),
   ],
 )
-def test_every_mode_trains_alike(preset, options, scan):
-  loss, want = loss_and_gradient(preset, 'fast', scan, options)
+def test_every_mode_trains_alike(preset, options, scan, loss_and_gradient):
+  spec = presets.preset(preset)
+
+  def trained(memory):
+    method = methods.build('losa', spec, {'rank': 5, 'memory': memory, **options})
+    return loss_and_gradient(Adapted(spec, method, num_classes=5, scan=scan))
+
+  loss, want = trained('fast')
   images = preset == 'test/8' or options.get('adaptor') == 'low_rank_mlp'
   for mode in ('balanced', 'smallest'):
-    have_loss, have = loss_and_gradient(preset, mode, scan, options)
+    have_loss, have = trained(mode)
     exact = images and mode == 'smallest'
     # A sum of terms of both signs, of the size of 1.
     np.testing.assert_allclose(have_loss, loss, rtol=1e-6 if images else 2e-3, atol=3e-7)
-    have, flat = trees.flatten(have), trees.flatten(want)
-    whole = np.linalg.norm([np.linalg.norm(y) for y in flat.values()])
-    for path, y in flat.items():
+    whole = np.linalg.norm([np.linalg.norm(y) for y in want.values()])
+    for path, y in want.items():
       x, y = np.ravel(have[path]), np.ravel(y)
       # A bias that the final norm takes out again has no gradient but rounding errors.
       error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-2 * whole)
