@@ -19,6 +19,7 @@ from losa_scenic.adapt_lib.token_products import (
   along_channels_gradient,
   along_tokens,
   along_tokens_gradient,
+  made,
   tokens_first,
 )
 from losa_scenic.common_lib.types import Array, DType
@@ -48,7 +49,7 @@ def read(b: Float[Array, 'b n d'], down: Float[Array, 's r'], axis: str, *, roun
   """
   d = jax.lax.stop_gradient(down).astype(b.dtype)
   b = tokens_first(b)
-  seen = along_channels(b, d) if axis == CHANNELS else along_tokens(d.T, b)
+  seen = along_channels(b, d) if axis == CHANNELS else along_tokens(made(d.T), b)
   b = jax.lax.stop_gradient(b)
   return Tap(seen, round_tokens(b) if rounded else b)
 
