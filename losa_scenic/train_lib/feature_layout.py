@@ -33,6 +33,11 @@ FEATURES = 'features'
 _ALIGNED = 64
 
 
+def are_rows(inputs: Any) -> bool:
+  """Whether an array of inputs are rows [b items]; images and clips have more axes."""
+  return inputs.ndim == 2
+
+
 @dataclasses.dataclass(frozen=True)
 class Leaf:
   """One array of a row.
@@ -215,8 +220,8 @@ class RowModel:
     return self.model.spec
 
   def apply(self, variables: Mapping[str, Any], inputs: Num[Array, 'b ...'], **kwargs: Any) -> Any:
-    """`Adapted.apply`; inputs of two axes are rows."""
-    if inputs.ndim != 2:
+    """`Adapted.apply`; of rows too."""
+    if not are_rows(inputs):
       return apply(self.model, variables, inputs, **kwargs)
     if self.layout.encoded is not None:
       encoded = self.layout.decode(inputs)

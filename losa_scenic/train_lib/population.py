@@ -261,7 +261,7 @@ def trunk(models: list[Adapted]) -> Adapted:
 def _encode(
   trunk: Adapted, frozen: Params, inputs: Array, layout: feature_layout.Layout | None
 ) -> Encoded:
-  if layout is not None and inputs.ndim == 2:
+  if layout is not None and feature_layout.are_rows(inputs):
     return layout.decode(inputs)
   encoded: Any = trunk.apply({'params': frozen}, inputs, method='encode')
   return encoded

@@ -145,15 +145,26 @@ def jitted(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Both steps under `jax.jit`, for (state, frozen, batch) where a run has them."""
   everywhere = sharding.replicated(mesh)
+  quantisation = model.flax_model.quantisation
 
   def jit(step: Callable[..., Any], *donated: int) -> Callable[..., Any]:
-    return jax.jit(
-      step,
-      in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
-      out_shardings=everywhere,
-      donate_argnums=donated,
-      compiler_options=compiler.options(model.flax_model.quantisation),
+    of_inputs, of_rows = (
+      jax.jit(
+        step,
+        in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
+        out_shardings=everywhere,
+        donate_argnums=donated,
+        compiler_options=compiler.options(quantisation, encodes=encodes),
+      )
+      for encodes in (True, False)
     )
+
+    @functools.wraps(step)
+    def call(state: TrainState, frozen: Params, batch: dict[str, Any]) -> Any:
+      rows = feature_layout.are_rows(batch['inputs'])
+      return (of_rows if rows else of_inputs)(state, frozen, batch)
+
+    return call
 
   return jit(train_step, 0), jit(eval_step)
 
