@@ -54,21 +54,19 @@ def along_channels_gradient(
   x: Float[Array, 'n b d'], z: Float[Array, 'n b r']
 ) -> Float[Array, 'd r']:
   """sum_nb x[n, b, d] z[n, b, r]: the gradient of w in x @ w."""
-  if attention.on_cpu():
-    # The narrow one first: the other order takes more than twice the time.
-    return _contracted(x, z) if x.shape[2] <= z.shape[2] else made(_contracted(z, x)).T
-  return _contracted(tokens_first(x), tokens_first(z))
-
-
-def made(x: Array) -> Array:
-  """x, which CPUs make as it is: XLA does not multiply by, or make, its transpose instead."""
-  return jax.lax.optimization_barrier(x) if attention.on_cpu() else x
-
-
-def _contracted(a: Float[Array, 'n b d'], b: Float[Array, 'n b r']) -> Float[Array, 'd r']:
   # Contracted, not joined: several devices that split b would have to share all of it.
+  if not attention.on_cpu():
+    x, z = tokens_first(x), tokens_first(z)
+  # The narrow one first: the other order takes CPUs more than twice the time.
+  a, b = (z, x) if z.shape[2] < x.shape[2] else (x, z)
   y = jax.lax.dot_general(a, b, (((0, 1), (0, 1)), ((), ())), preferred_element_type=_sums(a))
-  return y.astype(wide(a.dtype))
+  y = y.astype(wide(a.dtype))
+  return made(y).T if a is z else y
+
+
+def made(x: Num[Array, 'm n']) -> Num[Array, 'm n']:
+  """x, as it is then made on CPUs: else XLA may make, or multiply by, its transpose, slowly."""
+  return jax.lax.optimization_barrier(x) if attention.on_cpu() else x
 
 
 def _product(a: Float[Array, 'm k'], b: Float[Array, 'k n']) -> Float[Array, 'm n']:
