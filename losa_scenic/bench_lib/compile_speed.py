@@ -1,5 +1,6 @@
 """How long a train step takes to compile, its layers scanned and unrolled; nothing is allocated."""
 
+import gc
 import statistics
 import time
 from collections.abc import Mapping
@@ -86,7 +87,9 @@ def _seconds(model: Adapted, batch_size: int) -> tuple[float, float, float]:
   state, frozen = step.state
   jax.clear_caches()
   # A function of its own each time; JAX would find the trace of the one before.
-  jitted = jax.jit(step.function(), donate_argnums=0, compiler_options=compiler.options())
+  options = compiler.options(scanned=model.scan)
+  jitted = jax.jit(step.function(), donate_argnums=0, compiler_options=options)
+  gc.collect()  # What the last one left; a run starts with none.
   keep = jax.config.jax_enable_compilation_cache
   jax.config.update('jax_enable_compilation_cache', False)
   try:

@@ -95,7 +95,7 @@ class Device:
       if self.gpu is not None:
         planned = gpu_memory.of_step(step, self.name, self.count)
       else:
-        options = compiler.options(step.model.quantisation)
+        options = compiler.options(step.model.quantisation, scanned=step.model.scan)
         devices = jax.devices('cpu')[: self.count]
         planned = plan_step.memory_of(step.compile(devices, None, options))
     except jax.errors.JaxRuntimeError as e:

@@ -147,12 +147,13 @@ def step(fields: Fields, setting: Setting) -> Run:
 def forward(fields: Fields, setting: Setting) -> Run:
   """Logits of the batch, and nothing that only training needs."""
   model = ClassificationModel(config_of(setting, fields), {'num_classes': setting.num_classes})
-  options = compiler.options(model.flax_model.quantisation)
+  encoder = model.flax_model
+  options = compiler.options(encoder.quantisation, scanned=encoder.scan)
   trainable, frozen = model.init_params(jax.random.key(0))
   images = jax.device_put(setting.images())
 
   def logits(trainable: Any, frozen: Any, images: Array) -> Array:
-    result: Any = model.flax_model.apply({'params': combine(trainable, frozen)}, images)
+    result: Any = encoder.apply({'params': combine(trainable, frozen)}, images)
     return result
 
   compiled = jax.jit(logits, compiler_options=options)

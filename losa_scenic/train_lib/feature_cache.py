@@ -101,10 +101,11 @@ def _check(config: Config, meta_data: Mapping[str, Any]) -> None:
 
 
 def _encode(program: Program, layout: feature_layout.Layout) -> Encode:
+  encoder = program.encoder
   compiled = jax.jit(
-    functools.partial(layout.encode, program.encoder),
+    functools.partial(layout.encode, encoder),
     out_shardings=sharding.batched(program.mesh),
-    compiler_options=compiler.options(program.encoder.quantisation),
+    compiler_options=compiler.options(encoder.quantisation, scanned=encoder.scan),
   )
 
   def encode(images: Num[np.ndarray, 'b ...']) -> Num[np.ndarray, 'b items']:

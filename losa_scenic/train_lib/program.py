@@ -145,7 +145,7 @@ def jitted(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
   """Both steps under `jax.jit`, for (state, frozen, batch) where a run has them."""
   everywhere = sharding.replicated(mesh)
-  quantisation = model.flax_model.quantisation
+  encoder = model.flax_model
 
   def jit(step: Callable[..., Any], *donated: int) -> Callable[..., Any]:
     of_inputs, of_rows = (
@@ -154,7 +154,9 @@ def jitted(
         in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
         out_shardings=everywhere,
         donate_argnums=donated,
-        compiler_options=compiler.options(quantisation, encodes=encodes),
+        compiler_options=compiler.options(
+          encoder.quantisation, encodes=encodes, scanned=encoder.scan
+        ),
       )
       for encodes in (True, False)
     )
