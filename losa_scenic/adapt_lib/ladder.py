@@ -24,7 +24,8 @@ from jaxtyping import Float, Num
 from losa_scenic.adapt_lib.method import Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib import encoder, layers, sites
+from losa_scenic.model_lib import layers, sites
+from losa_scenic.model_lib.block import Block
 from losa_scenic.model_lib.spec import BackboneSpec
 
 TEMPERATURE = 0.1
@@ -101,7 +102,7 @@ class Ladder(nn.Module):
     for i, b in enumerate(stream):
       b = linear(spec.width, name=f'down_{i + 1}')(b)
       h = mu[i] * h + (jnp.ones((), dtype) - mu[i]) * b
-      h = encoder.Block(spec, dtype, name=f'block_{i + 1}')(h, _nothing_inserted)
+      h = Block(spec, dtype, name=f'block_{i + 1}')(h, _nothing_inserted)
     h = nn.LayerNorm(epsilon=spec.norm_eps, dtype=dtype, name='norm')(h)
     return linear(y.shape[-1], name='up')(h)
 

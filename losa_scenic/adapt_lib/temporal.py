@@ -29,7 +29,8 @@ from losa_scenic.adapt_lib import ladder
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
-from losa_scenic.model_lib import encoder, sites
+from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.block import Block
 from losa_scenic.model_lib.spec import BackboneSpec
 
 # Of the positions at the start. The features are normalised: with the 0.02 that is usual before a
@@ -79,7 +80,7 @@ class TemporalEncoder(nn.Module):
     z, nothing_inserted = x + positions.astype(x.dtype), sites.make_at({}, ctx)
     # Not an `Encoder`: its `layers_<i>` would be stacked with those of the backbone.
     for i in range(self.spec.depth):
-      z = encoder.Block(self.spec, x.dtype, name=f'block_{i + 1}')(z, nothing_inserted)
+      z = Block(self.spec, x.dtype, name=f'block_{i + 1}')(z, nothing_inserted)
     start = nn.initializers.zeros if self.residual else nn.initializers.ones
     z = nn.LayerNorm(self.spec.norm_eps, x.dtype, scale_init=start, name='norm')(z).mean(axis=1)
     return f(x) + z if self.residual else z

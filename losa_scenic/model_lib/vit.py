@@ -1,7 +1,7 @@
 """ViT: patches -> encoder -> final norm -> pooling. Dosovitskiy et al. 2021, section 3.1.
 
 What else `BackboneSpec` can say (registers, norms, rotary positions ...) is what public checkpoints
-have; each is a line here or in `encoder.Block`.
+have; each is a line here or in `block.Block`.
 
 With frames in the spec, tubelets of a clip take the place of patches and all tokens attend to each
 other: the unfactorised space-time ViViT (Arnab et al. 2021, section 3.3, model 1). A factorised one

@@ -11,6 +11,7 @@ import pytest
 from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.model_lib import attention, encoder, layers, presets, sites
+from losa_scenic.model_lib.block import Block
 from losa_scenic.model_lib.vit import ViT
 
 
@@ -165,7 +166,7 @@ def test_collected_outputs_are_those_of_plain_code(scan, spec, params, images):
   assert (encoded.grid, encoded.prefix) == ((1, 4, 4), 1) and set(encoded.layers) == set(collect)
   x = encoded.embedded
   for i in range(spec.depth):
-    block = encoder.Block(spec).bind({'params': params['encoder'][f'layers_{i}']['block']})
+    block = Block(spec).bind({'params': params['encoder'][f'layers_{i}']['block']})
     seen = {}
     y = block(x, sites.make_at({}, sites.Ctx(grid=(1, 4, 4)), collect, seen))
     for name in collect:
@@ -192,7 +193,7 @@ def test_inserts_get_their_layers_signal_and_may_record(scan, spec, params, imag
   per_layer = jnp.asarray([10.0, 200.0])
   plain, told = encode(), encode(per_layer=per_layer, shared=jnp.asarray(3.0))
   np.testing.assert_allclose(plain.layers['came_in'][0], plain.embedded, atol=1e-5)
-  first = encoder.Block(spec).apply(
+  first = Block(spec).apply(
     {'params': params['encoder']['layers_0']['block']}, plain.embedded, lambda site, f: f
   )
   np.testing.assert_allclose(told.layers['came_in'][1], first + 13.0, rtol=1e-4, atol=1e-4)

@@ -8,8 +8,9 @@ import pytest
 
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors, trees
-from losa_scenic.model_lib import encoder, layers, presets, sites
+from losa_scenic.model_lib import layers, presets, sites
 from losa_scenic.model_lib.adapted import Adapted
+from losa_scenic.model_lib.block import Block
 from losa_scenic.model_lib.vit import ViT
 
 SPEC = presets.preset('test/8')
@@ -128,7 +129,7 @@ def test_split_tells_prefix_grid_and_added_tokens_apart(extra):
 
 
 def test_a_mask_hides_keys(random_like):
-  block, x = encoder.Block(SPEC), random_like(np.zeros((2, 5, 32)))
+  block, x = Block(SPEC), random_like(np.zeros((2, 5, 32)))
   at = sites.make_at({}, sites.Ctx(grid=(1, 2, 2)))
   params = random_like(jax.eval_shape(lambda: block.init(jax.random.key(0), x, at)))
 
