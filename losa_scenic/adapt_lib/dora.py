@@ -30,6 +30,7 @@ from losa_scenic.adapt_lib import inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.products import product
 from losa_scenic.model_lib.spec import BackboneSpec
 
 TARGETS = inserts.LINEAR_SITES
@@ -92,7 +93,7 @@ class DoRA(nn.Module):
       direction = x @ kernel.astype(dtype)
     else:
       direction = y - f(jnp.zeros_like(x[..., :1, :]))  # x W: f at 0 is its bias.
-    increment = self.scale * (x @ a.astype(dtype)) @ b.astype(dtype)
+    increment = product(self.scale * product(x, a.astype(dtype)), b.astype(dtype))
     # In this form g = 1 and B = 0 give f(x) bit for bit.
     return y + (gain - 1).astype(dtype) * direction + gain.astype(dtype) * increment
 

@@ -34,6 +34,7 @@ from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.products import product
 from losa_scenic.model_lib.sites import Ctx, Op
 from losa_scenic.model_lib.spec import BackboneSpec
 
@@ -142,7 +143,10 @@ class SideStream(nn.Module):
     b = self.param('b', nn.initializers.zeros, (self.inputs, self.rank, d)).astype(dtype)
     x, *rest = jnp.split(x, self.inputs if self.starts else 2, axis=1)
     read = [*rest, x] if self.starts else [x]
-    h = sum((u @ a[i] @ b[i] for i, u in enumerate(read)), start=0 if self.starts else rest[0])
+    h = sum(
+      (product(product(u, a[i]), b[i]) for i, u in enumerate(read)),
+      start=0 if self.starts else rest[0],
+    )
     active = h * jax.nn.sigmoid(self.beta * h)
     x = f(x) + (convolve(active, ctx.shared, ctx) if self.convolves else active)
     return x if self.ends else jnp.concatenate([x, h], axis=1)

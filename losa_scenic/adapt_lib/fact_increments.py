@@ -7,6 +7,7 @@ from jaxtyping import Float
 from losa_scenic.adapt_lib import inserts
 from losa_scenic.common_lib.types import Array, PyTree
 from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.products import product
 
 
 class Factors(nn.Module):
@@ -58,9 +59,9 @@ class TensorTrain(nn.Module):
     rows, columns = x.shape[-1] // d, y.shape[-1] // d
     cores = self.cores(ctx.shared, rows, columns).reshape(rows, columns, r, r).astype(dtype)
     x = x[..., : rows * d].reshape(*x.shape[:-1], rows, d)
-    hidden = jnp.einsum('...ia,ijab->...jb', x @ u, cores)
+    hidden = jnp.einsum('...ia,ijab->...jb', product(x, u), cores)
     hidden = inserts.dropout(self, self.dropout, hidden, ctx.train)
-    increment = self.scale * (hidden @ v).reshape(*y.shape[:-1], columns * d)
+    increment = self.scale * product(hidden, v).reshape(*y.shape[:-1], columns * d)
     rest = [(0, 0)] * (y.ndim - 1) + [(0, y.shape[-1] - columns * d)]
     return y + jnp.pad(increment, rest)
 

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib.products import product
 from losa_scenic.model_lib.sites import Ctx, Op
 
 # A module `delta(x, ctx)` -> what is added: see `Delta`.
@@ -114,7 +115,8 @@ class LowRank(nn.Module):
     name = f'b_{ctx.site}' if self.shared_down else 'b'
     b = self.param(name, nn.initializers.zeros, (self.rank, y.shape[-1]))
     x = dropout(self, self.dropout, x, ctx.train)
-    return y + self.scale * (x @ a.astype(x.dtype)) @ b.astype(x.dtype)
+    hidden = self.scale * product(x, a.astype(x.dtype))
+    return y + product(hidden, b.astype(x.dtype))
 
 
 class Bottleneck(nn.Module):
@@ -145,11 +147,11 @@ class Bottleneck(nn.Module):
     down_bias = self.param('down_bias', nn.initializers.zeros, (self.hidden,)).astype(dtype)
     up = self.param('up_kernel', self.up_init, (self.hidden, d)).astype(dtype)
     up_bias = self.param('up_bias', nn.initializers.zeros, (d,)).astype(dtype)
-    x = x @ down + down_bias
+    x = product(x, down) + down_bias
     if self.conv is not None:
       x = self.conv(name='conv')(x, ctx)
     x = dropout(self, self.dropout, ACTIVATIONS[self.activation](x), ctx.train)
-    return x @ up + up_bias
+    return product(x, up) + up_bias
 
 
 class Delta(nn.Module):

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from losa_scenic.common_lib.activations import GELU
 from losa_scenic.common_lib.types import Array
 from losa_scenic.model_lib.encoder import Encoded
+from losa_scenic.model_lib.products import product
 
 
 class Weights(NamedTuple):
@@ -105,11 +106,11 @@ def mix(weights: Weights, x: Float[Array, '...'], axis: int, gelu: str) -> Float
   """
   w = Weights(*(leaf.astype(x.dtype) for leaf in weights))
   x = jnp.moveaxis(x, axis, -1)
-  hidden = GELU[gelu](x @ w.down + w.down_bias)
+  hidden = GELU[gelu](product(x, w.down) + w.down_bias)
   # alpha comes before the product: for its gradient r channels are kept, not as many as come out.
   # The barrier keeps XLA from laying out the biases of all mixers before anything else runs.
   hidden, up_bias = jax.lax.optimization_barrier((w.alpha * hidden, w.alpha * w.up_bias))
-  return jnp.moveaxis(hidden @ w.up + up_bias, -1, axis)
+  return jnp.moveaxis(product(hidden, w.up) + up_bias, -1, axis)
 
 
 def by_time(x: Float[Array, 'b n d'], encoded: Encoded) -> Float[Array, 'b t m d']:

@@ -30,6 +30,7 @@ from losa_scenic.adapt_lib import inserts, tokens
 from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib.products import product
 from losa_scenic.model_lib.sites import Ctx, Op
 from losa_scenic.model_lib.spec import BackboneSpec
 
@@ -161,7 +162,7 @@ class MaskedLowRank(nn.Module):
     a = self.param('a', inserts.LINEAR_INIT, (x.shape[-1], LARGEST)).astype(x.dtype)
     b = self.param(f'b_{ctx.site}', nn.initializers.zeros, (LARGEST, y.shape[-1])).astype(x.dtype)
     x = inserts.dropout(self, self.dropout, x, ctx.train)
-    return y + (x @ a * _told(ctx)['rank'].astype(x.dtype)) @ b
+    return y + product(product(x, a) * _told(ctx)['rank'].astype(x.dtype), b)
 
 
 class MaskedAdapter(nn.Module):
@@ -179,13 +180,11 @@ class MaskedAdapter(nn.Module):
     d, zeros = z.shape[-1], nn.initializers.zeros
     leaf = lambda *args: self.param(*args).astype(z.dtype)  # noqa: E731
     down = leaf('down_kernel', nn.initializers.xavier_uniform(), (d, LARGEST))
-    hidden = ACTIVATIONS['quick_gelu'](z @ down + leaf('down_bias', zeros, (LARGEST,)))
+    hidden = ACTIVATIONS['quick_gelu'](product(z, down) + leaf('down_bias', zeros, (LARGEST,)))
     hidden = inserts.dropout(self, self.dropout, hidden, ctx.train)
     mask = _told(ctx)['bottleneck'].astype(z.dtype)
-    added = (hidden * mask) @ leaf('up_kernel', zeros, (LARGEST, d)) + mask[0] * leaf(
-      'up_bias', zeros, (d,)
-    )
-    return z + added
+    added = product(hidden * mask, leaf('up_kernel', zeros, (LARGEST, d)))
+    return z + added + mask[0] * leaf('up_bias', zeros, (d,))
 
 
 def _told(ctx: Ctx) -> Any:

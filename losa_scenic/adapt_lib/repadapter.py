@@ -26,6 +26,7 @@ from losa_scenic.adapt_lib import inserts
 from losa_scenic.adapt_lib.method import Method
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array
+from losa_scenic.model_lib.products import product
 from losa_scenic.model_lib.sites import Ctx
 from losa_scenic.model_lib.spec import BackboneSpec
 
@@ -93,6 +94,6 @@ class Grouped(nn.Module):
     down_bias = self.param('down_bias', zeros, (h,)).astype(dtype)
     up = self.param('up_kernel', zeros, (g, h // g, d // g)).astype(dtype)
     up_bias = self.param('up_bias', zeros, (d,)).astype(dtype)
-    x = inserts.dropout(self, self.dropout, x @ down + down_bias, ctx.train, self.mask_rng)
+    x = inserts.dropout(self, self.dropout, product(x, down) + down_bias, ctx.train, self.mask_rng)
     grouped = x.reshape(*x.shape[:-1], g, h // g)
     return jnp.einsum('bngh,ghe->bnge', grouped, up).reshape(*x.shape[:-1], d) + up_bias

@@ -19,10 +19,10 @@ from losa_scenic.adapt_lib.token_products import (
   along_channels_gradient,
   along_tokens,
   along_tokens_gradient,
-  made,
   tokens_first,
 )
 from losa_scenic.common_lib.types import Array, DType
+from losa_scenic.model_lib.products import made
 
 
 class Tap(NamedTuple):

@@ -34,6 +34,7 @@ from losa_scenic.adapt_lib.method import Method, Run
 from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, PyTree
 from losa_scenic.model_lib import sites
+from losa_scenic.model_lib.products import product
 from losa_scenic.model_lib.spec import BackboneSpec
 
 INITS = ('zero', 'released')
@@ -145,14 +146,14 @@ class Steering(nn.Module):
     if not self.rank:
       init = _SMALL if self.init == 'released' else {'a': _identity, 'b': zero}[name]
       kernel = self.param(f'{name}_kernel', init, (*shape, d))
-      return lambda z, i: z @ kernel[i].astype(z.dtype)
+      return lambda z, i: product(z, kernel[i].astype(z.dtype))
     down_init = nn.initializers.he_uniform(batch_axis=0)
     down = self.param(f'{name}_down_kernel', down_init, (*shape, self.rank))
     up_init = {'a': _SMALL, 'b': zero}[name]
     up = self.param(f'{name}_up_kernel', up_init, (self.depth, self.rank, d))
 
     def multiply(z: Array, i: int) -> Array:
-      y = (z @ down[i].astype(z.dtype)) @ up[i].astype(z.dtype)
+      y = product(product(z, down[i].astype(z.dtype)), up[i].astype(z.dtype))
       return z + y if name == 'a' else y
 
     return multiply

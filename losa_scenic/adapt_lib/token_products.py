@@ -12,6 +12,7 @@ from jaxtyping import Float, Num
 
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib import attention
+from losa_scenic.model_lib.products import sum_of_rows
 
 
 def tokens_first(x: Num[Array, 'b n d']) -> Num[Array, 'n b d']:
@@ -54,19 +55,9 @@ def along_channels_gradient(
   x: Float[Array, 'n b d'], z: Float[Array, 'n b r']
 ) -> Float[Array, 'd r']:
   """sum_nb x[n, b, d] z[n, b, r]: the gradient of w in x @ w."""
-  # Contracted, not joined: several devices that split b would have to share all of it.
   if not attention.on_cpu():
     x, z = tokens_first(x), tokens_first(z)
-  # The narrow one first: the other order takes CPUs more than twice the time.
-  a, b = (z, x) if z.shape[2] < x.shape[2] else (x, z)
-  y = jax.lax.dot_general(a, b, (((0, 1), (0, 1)), ((), ())), preferred_element_type=_sums(a))
-  y = y.astype(wide(a.dtype))
-  return made(y).T if a is z else y
-
-
-def made(x: Num[Array, 'm n']) -> Num[Array, 'm n']:
-  """x, as it is then made on CPUs: else XLA may make, or multiply by, its transpose, slowly."""
-  return jax.lax.optimization_barrier(x) if attention.on_cpu() else x
+  return sum_of_rows(x, z, dtype=_sums(x)).astype(wide(x.dtype))
 
 
 def _product(a: Float[Array, 'm k'], b: Float[Array, 'k n']) -> Float[Array, 'm n']:

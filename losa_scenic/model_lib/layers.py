@@ -14,6 +14,7 @@ from jaxtyping import Float
 
 from losa_scenic.common_lib.activations import ACTIVATIONS
 from losa_scenic.common_lib.types import Array, DType
+from losa_scenic.model_lib import products
 from losa_scenic.model_lib.attention import attention
 from losa_scenic.model_lib.quantised import QuantisedDense
 from losa_scenic.model_lib.spec import BackboneSpec
@@ -34,7 +35,7 @@ def dense(features: int, dtype: DType, quantisation: str | None = None, **kwargs
   kwargs.setdefault('kernel_init', nn.initializers.xavier_uniform())
   if quantisation is not None:
     return QuantisedDense(features, quantisation, dtype=dtype, **kwargs)
-  return nn.Dense(features, dtype=dtype, **kwargs)
+  return nn.Dense(features, dtype=dtype, dot_general=products.dot_general, **kwargs)
 
 
 def norm(spec: BackboneSpec, dtype: DType) -> nn.LayerNorm | nn.RMSNorm:
