@@ -11,7 +11,7 @@ import optax
 
 from losa_scenic.adapt_lib import methods
 from losa_scenic.bench_lib.plan_step import Step
-from losa_scenic.common_lib import compiler, errors
+from losa_scenic.common_lib import errors
 from losa_scenic.model_lib.adapted import Adapted
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import optimizers
@@ -87,7 +87,7 @@ def _seconds(model: Adapted, batch_size: int) -> tuple[float, float, float]:
   state, frozen = step.state
   jax.clear_caches()
   # A function of its own each time; JAX would find the trace of the one before.
-  options = compiler.options(scanned=model.scan)
+  options = model.compiler_options()
   jitted = jax.jit(step.function(), donate_argnums=0, compiler_options=options)
   gc.collect()  # What the last one left; a run starts with none.
   keep = jax.config.jax_enable_compilation_cache

@@ -20,7 +20,7 @@ from losa_scenic.bench_lib import (
   plan_step,
 )
 from losa_scenic.bench_lib.plan_step import Memory, Step
-from losa_scenic.common_lib import compiler, errors
+from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Config
 from losa_scenic.train_lib import device_speed
 
@@ -95,7 +95,7 @@ class Device:
       if self.gpu is not None:
         planned = gpu_memory.of_step(step, self.name, self.count)
       else:
-        options = compiler.options(step.model.quantisation, scanned=step.model.scan)
+        options = step.model.compiler_options()
         devices = jax.devices('cpu')[: self.count]
         planned = plan_step.memory_of(step.compile(devices, None, options))
     except jax.errors.JaxRuntimeError as e:

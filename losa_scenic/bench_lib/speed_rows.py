@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from losa_scenic.adapt_lib.method import combine
-from losa_scenic.common_lib import compiler, errors
+from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Config
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.classification_model import ClassificationModel
@@ -148,7 +148,6 @@ def forward(fields: Fields, setting: Setting) -> Run:
   """Logits of the batch, and nothing that only training needs."""
   model = ClassificationModel(config_of(setting, fields), {'num_classes': setting.num_classes})
   encoder = model.flax_model
-  options = compiler.options(encoder.quantisation, scanned=encoder.scan)
   trainable, frozen = model.init_params(jax.random.key(0))
   images = jax.device_put(setting.images())
 
@@ -156,7 +155,7 @@ def forward(fields: Fields, setting: Setting) -> Run:
     result: Any = encoder.apply({'params': combine(trainable, frozen)}, images)
     return result
 
-  compiled = jax.jit(logits, compiler_options=options)
+  compiled = jax.jit(logits, compiler_options=encoder.compiler_options())
 
   def run(steps: int) -> None:
     result = jnp.zeros(())

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Float, Num
 
 from losa_scenic.adapt_lib.method import Method, Run, partition
-from losa_scenic.common_lib import errors
+from losa_scenic.common_lib import compiler, errors
 from losa_scenic.common_lib.types import Array, DType
 from losa_scenic.model_lib import encode_again, quantised, sites
 from losa_scenic.model_lib.encode_again import ReadWith
@@ -49,6 +49,10 @@ class Adapted(nn.Module):
   gather: Gather | None = None
   quantisation: str | None = None
   stream: Stream | None = None
+
+  def compiler_options(self, *, encodes: bool = True) -> dict[str, Any] | None:
+    """`compiler_options` of `jax.jit` for programs of the model; see `compiler.options`."""
+    return compiler.options(self.quantisation, encodes=encodes, scanned=self.scan, dtype=self.dtype)
 
   def setup(self):
     if self.quantisation is not None:

@@ -146,10 +146,7 @@ class Encoder(nn.Module):
         return found
     if not self.scan:
       seen = []
-      alike = None
-      if self.frozen and not self.inserts and not self.is_initializing():
-        # One function: its Python runs for the first layer, and for the others is known.
-        alike = jax.jit(self._alone(ctx, shared, tokens_first=attention.on_cpu()))
+      alike = self._traced_once(x, ctx, shared)
       for i in range(self.spec.depth):
         inserts = tuple(sites.of_layer(self.inserts, i).items())
         name, own = f'layers_{i}', jax.tree.map(lambda a, i=i: a[i], per_layer)
@@ -203,6 +200,14 @@ class Encoder(nn.Module):
 
     x, each = streaming.one_by_one(parts, whole, dict, run, x, per_layer, read)
     return x, _by_name(each)
+
+  def _traced_once(self, x: Array, ctx: sites.Ctx, shared: PyTree | None) -> Any:
+    """A frozen layer as a function whose Python runs for the first layer alone, if that can be."""
+    # Inline: what one layer makes is then seen to be what the next one reads.
+    alike = self.frozen and not self.inserts and isinstance(x, jax.core.Tracer)
+    if not alike or self.is_initializing() or self.is_mutable_collection('intermediates'):
+      return None
+    return jax.jit(self._alone(ctx, shared, tokens_first=attention.on_cpu()), inline=True)
 
   def _alone(
     self, ctx: sites.Ctx, shared: PyTree | None, tokens_first: bool = False

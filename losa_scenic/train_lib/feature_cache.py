@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jaxtyping import Num
 
-from losa_scenic.common_lib import compiler, errors, trees
+from losa_scenic.common_lib import errors, trees
 from losa_scenic.common_lib.types import Config
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.dataset_lib.augment import Augment
@@ -105,7 +105,7 @@ def _encode(program: Program, layout: feature_layout.Layout) -> Encode:
   compiled = jax.jit(
     functools.partial(layout.encode, encoder),
     out_shardings=sharding.batched(program.mesh),
-    compiler_options=compiler.options(encoder.quantisation, scanned=encoder.scan),
+    compiler_options=encoder.compiler_options(),
   )
 
   def encode(images: Num[np.ndarray, 'b ...']) -> Num[np.ndarray, 'b items']:

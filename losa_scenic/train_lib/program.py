@@ -9,7 +9,7 @@ import jax
 import optax
 
 from losa_scenic.adapt_lib import fold
-from losa_scenic.common_lib import compiler, errors
+from losa_scenic.common_lib import errors
 from losa_scenic.common_lib.types import Array, Config, Params
 from losa_scenic.dataset_lib import dataset_utils
 from losa_scenic.model_lib.adapted import Adapted
@@ -154,9 +154,7 @@ def jitted(
         in_shardings=(everywhere, frozen_shardings, sharding.batched(mesh)),
         out_shardings=everywhere,
         donate_argnums=donated,
-        compiler_options=compiler.options(
-          encoder.quantisation, encodes=encodes, scanned=encoder.scan
-        ),
+        compiler_options=encoder.compiler_options(encodes=encodes),
       )
       for encodes in (True, False)
     )

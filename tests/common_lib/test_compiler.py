@@ -33,6 +33,7 @@ def test_scanned_layers_are_compiled_quickly_and_to_the_same_values():
   def run(x):
     return jax.lax.scan(body, x[0], x)
 
+  assert compiler.options(scanned=True, dtype=jnp.bfloat16) == compiler.options()
   one, other = (jax.jit(run, compiler_options=o)(x) for o in (options, compiler.options()))
   assert jax.tree.all(jax.tree.map(lambda a, b: jnp.allclose(a, b, atol=1e-5), one, other))
 

@@ -222,3 +222,20 @@ def test_collecting_a_site_outside_the_layers_is_refused(spec, images):
 def test_stack_layers_refuses_a_gap():
   with pytest.raises(ValueError, match=r'layers \[0, 2\] are not 0\.\.1'):
     encoder.stack_layers({'layers_0': {'a': np.zeros(1)}, 'layers_2': {'a': np.zeros(1)}})
+
+
+def test_frozen_layers_that_are_alike_are_traced_once(monkeypatch):
+  calls, attend = [], attention.attention
+  monkeypatch.setattr(
+    attention, 'attention', lambda *args, **kw: calls.append(1) or attend(*args, **kw)
+  )
+  spec = presets.preset('test/8', depth=5)
+  x = jnp.zeros((1, *spec.input_shape))
+  counts = {}
+  for frozen in (True, False):
+    model = ViT(spec, {}, frozen=frozen)
+    params = jax.eval_shape(model.init, jax.random.key(0), x)
+    calls.clear()
+    jax.eval_shape(model.apply, params, x)
+    counts[frozen] = len(calls)
+  assert counts == {True: 1, False: 5}

@@ -2,7 +2,6 @@
 
 import re
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from losa_scenic.model_lib import attention, products
+from losa_scenic.model_lib import attention, layers, products
 
 SIZES = st.integers(1, 6)
 
@@ -65,19 +64,28 @@ def test_on_cpus_the_narrow_factor_stands_first_in_the_gradient(d, e):
   if not attention.on_cpu():
     pytest.skip('it differs on CPUs alone')
 
+  layer = layers.dense(e, jnp.float32, use_bias=False)
+
   def gradient(x, w, dy):
-    return jax.vjp(lambda w: products.product(jnp.tanh(x), w), w)[1](jnp.tanh(dy))[0]
+    def apply(w):
+      return layer.apply({'params': {'kernel': w}}, jnp.tanh(x))
+
+    return jax.vjp(apply, w)[1](jnp.tanh(dy))[0]
 
   text = jax.jit(gradient).lower(draw(2, 9, d), draw(d, e), draw(2, 9, e)).compile().as_text()
   assert re.search(r'f32\[4,64\]\S* (dot|fusion|custom-call)\(', text), text
   assert not re.search(r'f32\[64,4\]\S* dot\(', text), text
 
 
-def test_a_dense_layer_takes_it_and_other_products_stay_as_they_are():
+def test_factors_of_two_dtypes_have_gradients_of_their_own():
+  x, w = draw(5, 8, dtype=jnp.bfloat16), draw(8, 3, seed=1)
+  have, want = (values_and_gradients(f, x, w) for f in (products.product, jnp.matmul))
+  assert [a.dtype for a in have[1]] == [x.dtype, w.dtype]
+  jax.tree.map(np.testing.assert_array_equal, have, want)
+
+
+def test_other_products_stay_as_they_are():
   x = draw(2, 5, 8)
-  plain, ours = nn.Dense(3), nn.Dense(3, dot_general=products.dot_general)
-  params = plain.init(jax.random.key(0), x)
-  np.testing.assert_allclose(ours.apply(params, x), plain.apply(params, x), rtol=1e-6)
   dimensions = (((0,), (0,)), ((), ()))
   np.testing.assert_allclose(
     products.dot_general(x[0], x[1], dimensions), x[0].T @ x[1], rtol=1e-5, atol=1e-5
