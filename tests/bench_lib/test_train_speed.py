@@ -21,7 +21,7 @@ from losa_scenic.bench_lib import (
 from losa_scenic.bench_lib.speed_process import Peak
 from losa_scenic.bench_lib.speed_rows import OWN, Setting
 from losa_scenic.bench_lib.train_speed import ROWS, Timing
-from losa_scenic.common_lib import errors
+from losa_scenic.common_lib import compiler, errors
 from losa_scenic.model_lib import presets
 
 SMALL = Setting('test/8', batch_size=2, num_classes=3)
@@ -76,7 +76,7 @@ def test_a_row_runs_the_step_of_a_run_and_hands_its_state_on(monkeypatch):
 
 def test_a_rounded_forward_pass_is_compiled_with_int8_products(monkeypatch):
   asked = []
-  monkeypatch.setattr(speed_rows.compiler, 'options', lambda kind: asked.append(kind))
+  monkeypatch.setattr(compiler, 'options', lambda kind, **_: asked.append(kind))
   for name in ('forward', 'forward_int8'):
     OWN[name].make(SMALL)
   assert asked == [None, 'w8a8']

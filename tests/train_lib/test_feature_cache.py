@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from losa_scenic.common_lib import compiler, errors
 from losa_scenic.common_lib import config as config_lib
-from losa_scenic.common_lib import errors
 from losa_scenic.dataset_lib import datasets, loader
 from losa_scenic.model_lib.classification_model import ClassificationModel
 from losa_scenic.train_lib import feature_cache, feature_trace, run_config, sharding
@@ -214,7 +214,7 @@ def test_what_does_not_change_features_finds_them(usual):
 
 def test_a_cache_is_filled_by_a_program_for_its_kind_of_products(tmp_path, monkeypatch):
   asked = []
-  monkeypatch.setattr(feature_cache.compiler, 'options', lambda *kind: asked.extend(kind))
+  monkeypatch.setattr(compiler, 'options', lambda kind, **_: asked.append(kind))
   opened(tmp_path, backbone_quantisation='w8a8')
   assert asked == ['w8a8']
 
